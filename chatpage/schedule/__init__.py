@@ -1,0 +1,1 @@
+"""Which sequence computes which tokens in a step. Pure Python."""

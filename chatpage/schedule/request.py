@@ -1,0 +1,73 @@
+"""What is asked of the engine, and what it hands back step by step."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from chatpage.schedule.params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids, of which the first `system_tokens` are an operator's system prompt that sessions may share."""
+
+    tokens: tuple[int, ...]
+    system_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One turn.
+
+    Attributes:
+        prompt: what the model reads.
+        params: how tokens are chosen.
+        session: key of an open session, whose table rests when the turn ends; None releases everything at the end.
+        owner: who asks, where there is no session: requests of one owner may share with each other. None is nobody.
+    """
+
+    prompt: Prompt
+    params: SamplingParams = field(default_factory=SamplingParams)
+    session: str | None = None
+    owner: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What happened to one request since the last delta. A reader that is slow gets several merged into one.
+
+    Attributes:
+        state: `queued`, `prefill`, `decode` or `preempted`; `done` is the last one, and comes exactly once.
+        text: characters that are certain by now: never half of one, never the head of a stop string.
+        tokens: ids behind the text so far unseen, the end-of-turn token included.
+        prompt_tokens, cached_tokens: length of the prompt, and how much of it was found at first admission.
+        computed_tokens: how much of the prompt has its keys and values now (prefill progress).
+        completion_tokens: how many tokens were generated in all.
+        finish_reason: with `done`: `stop`, `length`, `abort` (cancelled) or `error`.
+        error: with `error`: one sentence.
+    """
+
+    state: Literal["queued", "prefill", "decode", "preempted", "done"]
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+    def then(self, later: "Delta") -> "Delta":
+        """This delta and the next one as a single delta."""
+        return Delta(
+            state=later.state,
+            text=self.text + later.text,
+            tokens=self.tokens + later.tokens,
+            prompt_tokens=later.prompt_tokens,
+            cached_tokens=later.cached_tokens,
+            computed_tokens=later.computed_tokens,
+            completion_tokens=later.completion_tokens,
+            finish_reason=later.finish_reason,
+            error=later.error,
+        )

@@ -1,0 +1,1 @@
+"""The bundled model: its texts, its training, its weights."""

@@ -1,0 +1,1 @@
+"""The web application: page, API, panel routes."""
