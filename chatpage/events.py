@@ -40,26 +40,27 @@ BLOCK_STATES = {"free": FREE, "idle": IDLE, "used": USED}
 
 
 class Event(NamedTuple):
-    """One change. Fields that do not apply to its kind are None (see the table above)."""
+    """One change. Fields that do not apply to its kind are -1 or empty (see the table above)."""
 
     seq: int
     kind: str
     reason: str
-    sequence: int | None = None
-    session: int | None = None
-    logical: int | None = None
-    block: int | None = None
-    source: int | None = None
-    ref: int | None = None
-    fill: int | None = None
-    parent: int | None = None
-    at: int | None = None
-    state: str | None = None
-    becomes: str | None = None
-    name: str | None = None
+    sequence: int = -1
+    session: int = -1
+    logical: int = -1
+    block: int = -1
+    source: int = -1
+    ref: int = -1
+    fill: int = -1
+    parent: int = -1
+    at: int = -1
+    state: str = ""
+    becomes: str = ""
+    name: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return {key: value for key, value in self._asdict().items() if value is not None}
+        """The fields that apply."""
+        return {key: value for key, value in self._asdict().items() if value not in (-1, "")}
 
 
 class EventLog:
@@ -137,6 +138,7 @@ class Snapshot:
     system: dict[str, SystemView] = field(default_factory=dict)
     sessions: dict[int, SessionView] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
+    _sequences: dict[int, SequenceView] = field(default_factory=dict, repr=False)
 
     @classmethod
     def empty(
@@ -173,28 +175,25 @@ class Snapshot:
 
     # -- one method a kind; the table at the top of this file says what each does ---------------------------------
 
-    def _sequence(self, event: Event) -> SequenceView:
-        for session in self.sessions.values():
-            if event.sequence in session.sequences:
-                return session.sequences[event.sequence]
-        raise ValueError(f"event {event.seq} names sequence {event.sequence}, which is not there")
-
     def _place(self, event: Event) -> SequenceView:
-        sequence = self._sequence(event)
+        sequence = self._sequences[event.sequence]
         if event.logical == len(sequence.table):
             sequence.table.append(event.block)
         else:
             sequence.table[event.logical] = event.block
         return sequence
 
+    def _enter(self, session: int, sequence: SequenceView) -> None:
+        self.sessions[session].sequences[sequence.id] = sequence
+        self._sequences[sequence.id] = sequence
+
     def _state(self, event: Event) -> None:
-        session = self.sessions.setdefault(event.session, SessionView(event.session, event.state))
-        session.state = event.state
-        session.sequences.setdefault(event.sequence, SequenceView(event.sequence))
+        self.sessions.setdefault(event.session, SessionView(event.session, event.state)).state = event.state
+        if event.sequence not in self._sequences:
+            self._enter(event.session, SequenceView(event.sequence))
 
     def _fork(self, event: Event) -> None:
-        child = SequenceView(event.sequence, parent=event.parent, at=event.at)
-        self.sessions[event.session].sequences[event.sequence] = child
+        self._enter(event.session, SequenceView(event.sequence, parent=event.parent, at=event.at))
 
     def _allocate(self, event: Event) -> None:
         self._place(event)
@@ -209,7 +208,7 @@ class Snapshot:
         self.state[event.block], self.ref[event.block] = USED, event.ref
 
     def _write(self, event: Event) -> None:
-        self._sequence(event).tokens = event.at
+        self._sequences[event.sequence].tokens = event.at
         self.fill[event.block] = event.fill
 
     def _copy(self, event: Event) -> None:
@@ -238,7 +237,7 @@ class Snapshot:
         self.counters["evicted"] += 1
 
     def _truncate(self, event: Event) -> None:
-        sequence = self._sequence(event)
+        sequence = self._sequences[event.sequence]
         sequence.tokens = event.at
         del sequence.table[-(-event.at // self.block_size) :]
 
@@ -247,6 +246,7 @@ class Snapshot:
         self.counters["preempted"] += 1
 
     def _end(self, event: Event) -> None:
+        del self._sequences[event.sequence]
         for session in list(self.sessions.values()):
             session.sequences.pop(event.sequence, None)
             if not session.sequences:

@@ -1,8 +1,6 @@
 """How a request wants its tokens to be chosen, and when to end."""
 
-import math
 from dataclasses import dataclass
-from numbers import Real
 
 from chatpage.errors import RequestError
 
@@ -54,7 +52,12 @@ class SamplingParams:
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not low <= value <= high:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or not low <= value <= high
+    ):
         raise RequestError(f"{name} is {value!r}; it must be a number from {low} to {high}.", param=name)
 
 
