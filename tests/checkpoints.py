@@ -96,7 +96,7 @@ def make(family: str, folder: str | Path, **config: Any) -> Path:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of VOCAB_SIZE tokens: every text has ids, and most characters outside ASCII take several."""
+    """A byte-level tokenizer of VOCAB_SIZE tokens: every text has ids; characters outside ASCII take several."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
