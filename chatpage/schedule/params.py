@@ -52,13 +52,9 @@ class SamplingParams:
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or not low <= value <= high
-    ):
-        raise RequestError(f"{name} is {value!r}; it must be a number from {low} to {high}.", param=name)
+    in_range = isinstance(value, int | float) and low <= value <= high  # NaN is in no range
+    if isinstance(value, bool) or not in_range:
+        raise RequestError(f"{name} is {_short(value)}; it must be a number from {low} to {high}.", param=name)
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:

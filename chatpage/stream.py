@@ -1,0 +1,85 @@
+"""One request's deltas, on their way from the engine's thread to whoever reads them."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+
+from chatpage.schedule.request import Delta
+
+
+class Stream(AsyncIterator[Delta]):
+    """Deltas of one request, for one reader: `async for` on an event loop, or `for` on a thread.
+
+    Nothing is lost and nothing piles up: what a slow reader has not fetched yet is one delta that grows. The last
+    delta has the state `done`, and comes however the request ends.
+    """
+
+    def __init__(self, cancel: Callable[[], None]) -> None:
+        self._cancel = cancel
+        self._lock = threading.Condition()
+        self._pending: Delta | None = None
+        self._finished = False
+        self._read_all = False
+        try:
+            self.loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+        except RuntimeError:
+            self.loop = None
+        self._ready = asyncio.Event()
+
+    def cancel(self) -> None:
+        """End the request. Harmless at any time, from any thread; the `done` delta still comes."""
+        if not self._finished:
+            self._cancel()
+
+    # -- the engine's side ----------------------------------------------------------------------------------------
+
+    def put(self, delta: Delta) -> None:
+        """Add a delta. An async reader is not woken by this: see `wake`."""
+        with self._lock:
+            self._pending = self._pending.then(delta) if self._pending else delta
+            self._finished = delta.state == "done"
+            self._lock.notify_all()
+
+    @staticmethod
+    def wake(streams: Iterable["Stream"]) -> None:
+        """Tell the async readers of these streams, with one call an event loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[Stream]] = {}
+        for stream in streams:
+            if stream.loop is not None:
+                by_loop.setdefault(stream.loop, []).append(stream)
+        for loop, ready in by_loop.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_set_ready, ready)
+
+    # -- the reader's side ----------------------------------------------------------------------------------------
+
+    def _take(self) -> Delta | None:
+        delta, self._pending = self._pending, None
+        self._read_all = delta is not None and delta.state == "done"
+        return delta
+
+    async def __anext__(self) -> Delta:
+        while not self._read_all:
+            self._ready.clear()
+            with self._lock:
+                delta = self._take()
+            if delta is not None:
+                return delta
+            await self._ready.wait()
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        self.cancel()
+
+    def __iter__(self) -> Iterator[Delta]:
+        while not self._read_all:
+            with self._lock:
+                self._lock.wait_for(lambda: self._pending is not None)
+                delta = self._take()
+            assert delta is not None
+            yield delta
+
+
+def _set_ready(streams: list[Stream]) -> None:
+    for stream in streams:
+        stream._ready.set()
