@@ -1,6 +1,7 @@
 """One request's deltas, on their way from the engine's thread to whoever reads them."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
@@ -11,19 +12,18 @@ class Stream(AsyncIterator[Delta]):
     """Deltas of one request, for one reader: `async for` on an event loop, or `for` on a thread.
 
     Nothing is lost and nothing piles up: what a slow reader has not fetched yet is one delta that grows. The last
-    delta has the state `done`, and comes however the request ends.
+    delta has the state `done`, and comes however the request ends. The listener gets every delta, read or not, on the
+    engine's thread.
     """
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
+    def __init__(self, cancel: Callable[[], None], listener: Callable[[Delta], None] | None = None) -> None:
         self._cancel = cancel
+        self._listener = listener
         self._lock = threading.Condition()
         self._pending: Delta | None = None
         self._finished = False
         self._read_all = False
-        try:
-            self.loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
-        except RuntimeError:
-            self.loop = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._ready = asyncio.Event()
 
     def cancel(self) -> None:
@@ -35,6 +35,8 @@ class Stream(AsyncIterator[Delta]):
 
     def put(self, delta: Delta) -> None:
         """Add a delta. An async reader is not woken by this: see `wake`."""
+        if self._listener:
+            self._listener(delta)
         with self._lock:
             self._pending = self._pending.then(delta) if self._pending else delta
             self._finished = delta.state == "done"
@@ -45,10 +47,10 @@ class Stream(AsyncIterator[Delta]):
         """Tell the async readers of these streams, with one call an event loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[Stream]] = {}
         for stream in streams:
-            if stream.loop is not None:
-                by_loop.setdefault(stream.loop, []).append(stream)
+            if stream._loop is not None:
+                by_loop.setdefault(stream._loop, []).append(stream)
         for loop, ready in by_loop.items():
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody reads any more
                 loop.call_soon_threadsafe(_set_ready, ready)
 
     # -- the reader's side ----------------------------------------------------------------------------------------
@@ -59,6 +61,7 @@ class Stream(AsyncIterator[Delta]):
         return delta
 
     async def __anext__(self) -> Delta:
+        self._loop = asyncio.get_running_loop()
         while not self._read_all:
             self._ready.clear()
             with self._lock:

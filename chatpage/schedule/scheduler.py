@@ -118,8 +118,11 @@ class Scheduler:
                 code="context_length_exceeded",
             )
 
-    def end(self, sequence: Sequence, reason: str) -> None:
-        """The turn is over, however it came to that. Its table rests, or is released. Harmless the second time."""
+    def end(self, sequence: Sequence, reason: str, *, failed: bool = False) -> None:
+        """The turn is over, however it came to that. Its table rests, or is released. Harmless the second time.
+
+        What a failed turn wrote last cannot be trusted: it is neither published nor kept.
+        """
         if sequence.state in ("resting", "done"):
             return
         for queue in (self.running, self.preempted, self.waiting):
@@ -128,8 +131,9 @@ class Scheduler:
         session = sequence.session
         session.active -= 1
         sequence.table.truncate(min(sequence.computed, sequence.table.length), reason)
-        sequence.table.publish(sequence.tokens, sequence.table.length, tail=True)
-        if session.keeps and sequence.table.length:
+        if not failed:
+            sequence.table.publish(sequence.tokens, sequence.table.length, tail=True)
+        if session.keeps and sequence.table.length and not failed:
             self._rest(sequence, reason)
         else:
             self._leave(sequence, reason)

@@ -1,0 +1,50 @@
+"""From drawn tokens to text that may be sent, and to the moment when an answer ends."""
+
+from collections.abc import Collection
+
+from transformers import PreTrainedTokenizerBase
+
+from chatpage.schedule.request import FinishReason
+from chatpage.text.detokenize import Detokenizer
+from chatpage.text.stop import StopStrings
+
+
+class Answer:
+    """One answer in the making.
+
+    Args:
+        stop_token_ids: tokens that end the answer; they are never shown.
+        stops: strings that end the answer; neither they nor their heads are ever shown.
+        limit: end after so many tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop_token_ids: Collection[int],
+        stops: tuple[str, ...],
+        limit: int,
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stops = StopStrings(stops)
+        self._stop_token_ids = stop_token_ids
+        self._limit = limit
+        self._count = 0
+
+    def add(self, token: int) -> tuple[str, FinishReason | None]:
+        """Take in the next token. Returns text that is certain now, and why the answer ends, if it does."""
+        self._count += 1
+        if token in self._stop_token_ids:
+            return self.flush(), "stop"
+        text, stopped = self._stops.add(self._detokenizer.add(token))
+        if stopped:
+            return text, "stop"
+        if self._count >= self._limit:
+            return text + self.flush(), "length"
+        return text, None
+
+    def flush(self) -> str:
+        """What was held back, once no token follows."""
+        text, stopped = self._stops.add(self._detokenizer.flush())
+        return text if stopped else text + self._stops.flush()
