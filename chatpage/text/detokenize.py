@@ -1,0 +1,69 @@
+"""Token ids to text, one at a time, never half a character."""
+
+import re
+from functools import lru_cache
+
+from transformers import PreTrainedTokenizerBase
+
+# A byte-fallback tokenizer decodes a run of these as one piece: whether its bytes are text is known when the run ends.
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+REPLACEMENT = "\ufffd"
+LONGEST_WINDOW = 24
+KEPT_WINDOW = 8
+
+
+class Detokenizer:
+    """The text of one answer, as far as it is certain.
+
+    What `add` and `flush` return, put together, is what decoding all ids at once gives without special tokens.
+
+    A token's text depends on those before it (a leading space, the rest of a character), so a window of the last tokens
+    is decoded again with every new one, and what was sent of it is left out.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._silent = _special_ids(tokenizer)
+        self._window: list[int] = []
+        self._sent = 0  # characters of the window's text
+
+    def add(self, token_id: int) -> str:
+        """The text that this token makes certain, often empty."""
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        if not isinstance(token, str) or token_id in self._silent:  # None: a padded vocabulary has ids without a token
+            return ""
+        self._window.append(token_id)
+        if BYTE_TOKEN.fullmatch(token):
+            return ""
+        text = self._decode(self._window)
+        # The last sign may be a character of which some bytes are still to come.
+        certain = len(text) - text.endswith(REPLACEMENT)
+        new = text[self._sent : certain]
+        self._sent = max(self._sent, certain)
+        if len(self._window) > LONGEST_WINDOW:
+            self._shorten()
+        return new
+
+    def flush(self) -> str:
+        """What was held back, when no more tokens come."""
+        rest = self._decode(self._window)[self._sent :]
+        self._window, self._sent = [], 0
+        return rest
+
+    def _shorten(self) -> None:
+        """Forget all but the last tokens; they must have text, or the next one would be taken for the first."""
+        window = self._window[-KEPT_WINDOW:]
+        text = self._decode(window)
+        if text:
+            self._window, self._sent = window, len(text) - text.endswith(REPLACEMENT)
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # one sequence in, one text out
+        return text
+
+
+@lru_cache(maxsize=8)
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    flagged = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(flagged.union(tokenizer.all_special_ids))
