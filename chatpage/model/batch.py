@@ -1,0 +1,123 @@
+"""What enters the model in one step: the rows of the scheduler, flattened into tensors.
+
+rows (two sequences)     tokens [9]          start 5   table [3, 8]      a decode
+                         tokens [1, 2, 3]    start 0   table [4]         a chunk of a prompt
+token_ids                9 | 1 2 3
+positions                5 | 0 1 2
+slots (block size 4)    33 | 16 17 18
+query_starts             0   1       4
+contexts                 6 | 3
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chatpage.schedule.params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A wish for the token at `position`. The same logits, params, seed, choice and position give the same token."""
+
+    params: SamplingParams
+    seed: int
+    choice: int
+    position: int
+
+
+@dataclass(slots=True)
+class Row:
+    """One sequence's part of a step.
+
+    Attributes:
+        tokens: ids that enter the model, at positions start, start + 1, …
+        start: how many tokens of the sequence went before; their keys and values are in the pool.
+        table: physical blocks of positions 0 to start + len(tokens) − 1; it may be longer.
+        store: False where the pool has the keys and values of `tokens` too, and they run again for their logits only.
+        sample: asks for the token after the last of `tokens`; None where more of the prompt is to come.
+    """
+
+    tokens: list[int]
+    start: int
+    table: list[int]
+    store: bool = True
+    sample: Draw | None = None
+
+    @property
+    def context(self) -> int:
+        """Tokens that the last of the row's tokens can see, itself included."""
+        return self.start + len(self.tokens)
+
+    def slots(self, block_size: int) -> list[int]:
+        """Where each token's keys and values go; −1 is nowhere."""
+        if not self.store:
+            return [-1] * len(self.tokens)
+        positions = range(self.start, self.context)
+        return [self.table[p // block_size] * block_size + p % block_size for p in positions]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rows of one step, ordered by query length (decodes first), then by context. All integers are int64.
+
+    Attributes:
+        rows: the rows in this order.
+        order: index of each of them in the caller's list.
+        block_size: slots in a block.
+        token_ids, positions, slots: (tokens,), row after row.
+        query_starts: (rows + 1,), where each row's tokens begin.
+        contexts: (rows,), tokens that each row can see, its own included.
+        tables: (rows, blocks), the block tables, filled up with the null block.
+        sampled: (draws,), index of the tokens whose logits are wanted.
+        draws: what is wanted of them.
+    """
+
+    rows: list[Row]
+    order: list[int]
+    block_size: int
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    query_starts: Tensor
+    contexts: Tensor
+    tables: Tensor
+    sampled: Tensor
+    draws: list[Draw]
+
+    @classmethod
+    def build(cls, rows: list[Row], *, block_size: int, device: torch.device | str = "cpu") -> "Batch":
+        """Flatten at least one row of at least one token."""
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].tokens), rows[i].context))
+        ordered = [rows[i] for i in order]
+        starts = [0]
+        for row in ordered:
+            starts.append(starts[-1] + len(row.tokens))
+        widest = max(-(-row.context // block_size) for row in ordered)
+
+        def flat(numbers: list) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+        return cls(
+            rows=ordered,
+            order=order,
+            block_size=block_size,
+            token_ids=flat([token for row in ordered for token in row.tokens]),
+            positions=flat([position for row in ordered for position in range(row.start, row.context)]),
+            slots=flat([slot for row in ordered for slot in row.slots(block_size)]),
+            query_starts=flat(starts),
+            contexts=flat([row.context for row in ordered]),
+            tables=flat([row.table[:widest] + [0] * (widest - len(row.table)) for row in ordered]),
+            sampled=flat([starts[i + 1] - 1 for i, row in enumerate(ordered) if row.sample]),
+            draws=[row.sample for row in ordered if row.sample],
+        )
+
+    def in_order(self, drawn: list[int | None]) -> list[int | None]:
+        """One entry for each row of the caller's list: its drawn token, or None."""
+        tokens: list[int | None] = [None] * len(self.rows)
+        draws = iter(drawn)
+        for index, row in zip(self.order, self.rows, strict=True):
+            if row.sample:
+                tokens[index] = next(draws)
+        return tokens

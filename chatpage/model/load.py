@@ -1,0 +1,241 @@
+"""A model from a folder or from the hub, ready for the paged engine, or one sentence that says why it cannot be.
+
+Weights come from safetensors only, and no code that lies beside a model is ever run.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from chatpage.errors import ModelError, SettingError
+from chatpage.model.attention import NAME
+from chatpage.model.check import probe, self_check, vocabulary
+from chatpage.model.kv import LayerShape
+
+# Where neither the configuration nor the tokenizer says how long a context may be.
+DEFAULT_POSITIONS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that passed its check.
+
+    Attributes:
+        name: of its folder, or its id on the hub.
+        module: the transformers model, in eval mode on its device; its attention is ours.
+        tokenizer: the one saved with it.
+        layers: what each layer stores for a token.
+        max_positions: tokens that a sequence may have.
+        vocab_size: tokens that have an embedding; ids of prompts must be below.
+        stop_token_ids: tokens that end an answer.
+        device, dtype: of the weights, and of the pool.
+        notes: sentences that whoever runs the page should read.
+    """
+
+    name: str
+    module: PreTrainedModel
+    tokenizer: Tokenizer
+    layers: tuple[LayerShape, ...]
+    max_positions: int
+    vocab_size: int
+    stop_token_ids: frozenset[int]
+    device: torch.device
+    dtype: torch.dtype
+    notes: list[str]
+
+
+def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load the model at `path`, a folder or the id of a model on the hub, and check it.
+
+    Args:
+        path: "./here", "~/there" and names of folders that exist are folders; all else is an id.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        dtype: "auto" (float32 on a CPU; bfloat16, else float16, on a GPU), "float32", "float16" or "bfloat16".
+
+    Raises:
+        ModelError: there is no such model, its files are wrong, or paged attention cannot run it.
+        SettingError: the device is not there.
+    """
+    source = _source(path)
+    chosen_device = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, chosen_device)
+    try:
+        config = _config(source)
+        tokenizer = _tokenizer(source)
+        module = _module(source, config, chosen_device, chosen_dtype)
+        _check_weights(module)
+        vocab_size = _vocab_size(module, tokenizer)
+        found = probe(module)
+        max_positions, notes = _max_positions(config, tokenizer, found.windows)
+        notes += self_check(module, found, max_positions=max_positions)
+    except ModelError as error:
+        raise ModelError(f"model {str(path)!r} cannot be used: {error}") from error
+    return LoadedModel(
+        name=Path(source).resolve().name if Path(source).is_dir() else source,
+        module=module,
+        tokenizer=tokenizer,
+        layers=found.layers,
+        max_positions=max_positions,
+        vocab_size=vocab_size,
+        stop_token_ids=_stop_token_ids(module, tokenizer),
+        device=chosen_device,
+        dtype=chosen_dtype,
+        notes=notes,
+    )
+
+
+def choose_device(device: str) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SettingError("--device is cuda, but torch finds no CUDA GPU here; use cpu or auto.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    # With its index, as tensors report it.
+    return torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def _source(path: str | Path) -> str:
+    """The folder, or the id on the hub; a folder is looked at before transformers is asked."""
+    text = str(path)
+    folder = Path(text).expanduser()
+    if not folder.exists():
+        if isinstance(path, Path) or text.startswith((".", "/", "~")):
+            raise ModelError(
+                f"model {text!r} is not a folder that exists; give a folder with a model, or an id of the hub."
+            )
+        return text
+    if not folder.is_dir():
+        raise ModelError(f"model {text!r} is a file; give the folder that it lies in.")
+    if not (folder / "config.json").exists():
+        raise ModelError(f"model {text!r} has no config.json; give a folder that save_pretrained wrote.")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"model {text!r} has no weights in safetensors files; pickled weights are not loaded.")
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).exists() and "auto_map" in _json(folder / name):
+            raise ModelError(f"model {text!r} wants its own code to be run (auto_map in {name}), which is never done.")
+    return str(folder)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{str(file)!r} cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{str(file)!r} holds no JSON object.")
+    return content
+
+
+def _config(source: str) -> PreTrainedConfig:
+    config = _ask(AutoConfig, source)
+    if getattr(config, "auto_map", None):
+        raise ModelError("it wants its own code to be run (auto_map in config.json), which is never done.")
+    if config.is_encoder_decoder:
+        raise ModelError(f"{config.model_type!r} is an encoder-decoder; only decoders can chat here.")
+    return config
+
+
+def _tokenizer(source: str) -> Tokenizer:
+    return _ask(AutoTokenizer, source)
+
+
+def _module(source: str, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    module, report = _ask(
+        AutoModelForCausalLM,
+        source,
+        config=config,
+        attn_implementation=NAME,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"its files lack {len(missing)} of the weights, {missing[0]} among them.")
+    return module.to(device).eval()
+
+
+def _ask(loader: Any, source: str, **options: Any) -> Any:
+    """`from_pretrained` of transformers, which raises many kinds of errors for wrong files."""
+    try:
+        return loader.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:
+        if isinstance(error, KeyError) and error.args == (NAME,):
+            raise ModelError("models of this family do not let their attention be replaced.") from error
+        raise ModelError(_first_sentence(error)) from error
+
+
+def _first_sentence(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]
+
+
+def _check_weights(module: PreTrainedModel) -> None:
+    for name, weight in module.named_parameters():
+        if not weight.numel() or not weight.is_floating_point():
+            continue
+        low, high = torch.aminmax(weight)
+        if not (low.isfinite() and high.isfinite()):
+            raise ModelError(f"its weight {name} holds values that are not finite numbers in {weight.dtype}.")
+
+
+def _vocab_size(module: PreTrainedModel, tokenizer: Tokenizer) -> int:
+    rows = vocabulary(module)
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if tokens > rows:
+        raise ModelError(f"its tokenizer has {tokens} tokens, but the model knows only {rows}.")
+    return rows
+
+
+def _max_positions(config: PreTrainedConfig, tokenizer: Tokenizer, windows: frozenset[int]) -> tuple[int, list[str]]:
+    """How long a sequence may be, and why it is shorter than the model says, if it is."""
+    text = config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is None:
+        positions = min(tokenizer.model_max_length, DEFAULT_POSITIONS)
+    notes = []
+    for limit, why in _limits(text, windows):
+        if limit < positions:
+            positions = limit
+            notes.append(f"Contexts end at {limit} tokens: {why}.")
+    return positions, notes
+
+
+def _limits(config: PreTrainedConfig, windows: frozenset[int]) -> list[tuple[int, str]]:
+    """Lengths up to which a sequence's keys depend on nothing but itself, and attention on what its layers say."""
+    limits = []
+    for rope in _rope_parameters(config):
+        if rope.get("rope_type") == "longrope":
+            why = "past them this model's RoPE (longrope) would change with the longest sequence of the batch"
+            limits.append((rope["original_max_position_embeddings"], why))
+    for field in ("sliding_window", "sliding_window_size", "attention_chunk_size"):
+        size = getattr(config, field, None)
+        if isinstance(size, int) and size > 0 and size not in windows:
+            limits.append((size, f"past them this model's {field} would count, which its layers do not hand over"))
+    return limits
+
+
+def _rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The parameters of RoPE, of each type of layer where they differ."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
+
+
+def _stop_token_ids(module: PreTrainedModel, tokenizer: Tokenizer) -> frozenset[int]:
+    """What the generation config, the config and the tokenizer call the end."""
+    ids: set[int] = set()
+    for source in (module.generation_config, module.config.get_text_config(decoder=True), tokenizer):
+        end = getattr(source, "eos_token_id", None)
+        ids.update(end if isinstance(end, list | tuple) else [] if end is None else [end])
+    return frozenset(ids)
