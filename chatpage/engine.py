@@ -511,6 +511,8 @@ class Engine:
 
     def _run_step(self) -> None:
         step = self._scheduler.schedule()
+        for sequence in step.preempted:
+            self._tell(self._turns[sequence.id], "preempted")
         for sequence in step.exhausted:
             self._finish(self._turns[sequence.id], "length")
         if step.chunks:
@@ -590,6 +592,7 @@ class Engine:
         del self._turns[turn.sequence.id]
         self._scheduler.end(turn.sequence, error or reason, failed=reason == "error")
         self._counts[reason] += 1
+        self._counts["cached_tokens"] += turn.sequence.cached or 0
         self._tell(turn, "done", text=text, tokens=tokens, finish_reason=reason, error=error)
 
     def _tell(

@@ -51,6 +51,7 @@ class Step:
 
     chunks: list[Chunk] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
     exhausted: list[Sequence] = field(default_factory=list)  # grew to the end of the pool; they can only end
 
 
@@ -219,10 +220,10 @@ class Scheduler:
                     continue
                 victim = self._victim(step)
                 if victim is not sequence:
-                    self._preempt(victim)
+                    self._preempt(victim, step)
                     continue
                 if step.chunks:
-                    self._preempt(sequence)
+                    self._preempt(sequence, step)
                 else:
                     step.exhausted.append(sequence)  # the oldest has taken from all others
                 return False
@@ -235,11 +236,12 @@ class Scheduler:
         scheduled = {chunk.sequence.id for chunk in step.chunks}
         return next(s for s in reversed(self.running) if s.id not in scheduled)
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence, step: Step) -> None:
         """Take all blocks from a sequence. Its tokens stay; what was written may still be found when it resumes."""
         self.running.remove(sequence)
         self.preempted.append(sequence)
         self.preempted.sort(key=lambda s: s.id)
+        step.preempted.append(sequence)
         sequence.state = "preempted"
         self.events.emit("preempt", "the pool is full", sequence=sequence.id, session=sequence.session.id)
         sequence.table.release("preempted")
