@@ -1,0 +1,198 @@
+// The last events, each as one plain sentence.
+
+import { choice, el, reconcile, section, setText } from './dom.js'
+import { count, ids, plural } from './format.js'
+
+const KEPT = 120 // lines for each filter
+const SHOWN = 40
+
+/** Events that follow each other in one session and say the same of different blocks are told in one line. */
+const TOLD_TOGETHER = new Set(['share', 'allocate', 'release', 'publish', 'unpublish', 'evict', 'pin'])
+
+/** The memory behind the narration: lines, newest last. No DOM. */
+export class Story {
+  constructor(model) {
+    this.model = model
+    this.clear()
+  }
+
+  clear() {
+    this.all = []
+    this.copies = []
+    this._mine = []
+    this._last = new Map() // session id -> its last line
+    this._id = 0
+  }
+
+  /** Take note of an event that is about to be applied: what it meant depends on the state before it. */
+  add(event, session) {
+    const line = this._line(event, session)
+    const last = this._last.get(session)
+    if (last && merge(last, line)) return
+    this._last.set(session, line)
+    keep(this.all, line)
+    if (line.kind === 'copy') keep(this.copies, line)
+    if (this.isMine(line)) keep(this._mine, line)
+  }
+
+  _line(event, session) {
+    const { model } = this
+    const source = event.source
+    return {
+      id: ++this._id,
+      ...event,
+      session,
+      blocks: event.block === undefined ? [] : [event.block],
+      others: source === undefined ? 0 : model.ref[source] - 1, // who else reads the source of a copy
+      fromSystem: source !== undefined && model.pinned[source] === 1,
+      isSystem: event.block !== undefined && model.pinned[event.block] === 1,
+      slots: model.blockSize,
+    }
+  }
+
+  isMine(line) {
+    return this.model.own !== null && line.session === this.model.own
+  }
+
+  lines(filter) {
+    if (filter === 'copies') return this.copies
+    if (filter === 'all') return this.all
+    return this._mine
+  }
+
+  /** The viewer became known: find their lines among all. */
+  ownChanged() {
+    this._mine = this.all.filter((line) => this.isMine(line))
+  }
+}
+
+function keep(lines, line) {
+  lines.push(line)
+  if (lines.length > KEPT) lines.shift()
+}
+
+/** Tell `line` as a part of `last`, if one sentence can say both. */
+function merge(last, line) {
+  if (last.kind !== line.kind || last.becomes !== line.becomes || last.reason !== line.reason) return false
+  if (line.kind === 'write') {
+    if (last.sequence !== line.sequence) return false
+    last.blocks = last.block === line.block ? last.blocks : [...last.blocks, line.block]
+  } else if (TOLD_TOGETHER.has(line.kind)) {
+    if (line.isSystem !== last.isSystem) return false
+    last.blocks = [...last.blocks, line.block]
+  } else {
+    return false
+  }
+  const { id, blocks } = last
+  Object.assign(last, line, { id, blocks })
+  return true
+}
+
+/** One sentence. `mine`: whether the reader did it. */
+export function tell(line, mine) {
+  const sentence = SENTENCES[line.kind]
+  const text = sentence ? sentence(line, mine ? 'you' : `session ${line.session}`, mine) : line.kind
+  return text[0].toUpperCase() + text.slice(1)
+}
+
+const SENTENCES = {
+  state: ({ state }, who, mine) => `${who} ${mine ? STATES[state]?.[0] : STATES[state]?.[1]}.`,
+  fork: ({ at }, who) => `${who} forked after ${plural(at, 'token')}: both branches read the same blocks so far.`,
+  allocate: ({ blocks }, who) => `${who} took ${named(blocks)} for new tokens.`,
+  share: ({ blocks, at, isSystem }, who, mine) =>
+    `${who} now ${mine ? 'read' : 'reads'} ${named(blocks)}${isSystem ? ' of the system prompt' : ''}: ` +
+    `${plural(at, 'token')} found, not computed again.`,
+  write: ({ blocks, fill, slots }, who) =>
+    blocks.length > 1
+      ? `${who} filled ${named(blocks)}; the last one to ${fill} of ${slots} slots.`
+      : `${who} filled block ${blocks[0]} to ${fill} of ${slots} slots.`,
+  copy: ({ source, block, others, fromSystem }, who) =>
+    `${who} wrote into a block ${readers(others, fromSystem)}, so it was copied: ${source} → ${block}.`,
+  publish: ({ blocks, fill, slots }) =>
+    `${named(blocks, true)} ${are(blocks)} published: ` +
+    (fill === slots ? 'full, frozen, and can be found by content.' : `${fill} of ${slots} slots, can be found by content.`),
+  unpublish: ({ blocks }, who) => `${named(blocks, true)} can no longer be found, so ${who ?? 'its holder'} may write on.`,
+  release: ({ blocks, becomes, ref }) => RELEASED[becomes](blocks, ref),
+  pin: ({ blocks, name }) => `${named(blocks, true)} of the system prompt “${name}” ${are(blocks)} pinned: never evicted.`,
+  evict: ({ blocks }) => `${named(blocks, true)} ${are(blocks)} evicted: idle, and the room was needed.`,
+  truncate: ({ at }, who) => (at ? `${who} went back to ${plural(at, 'token')}.` : `${who} let all blocks go.`),
+  preempt: (line, who) => `${who} lost all blocks to make room, and will be computed again.`,
+  end: (line, who, mine) => (mine ? 'Your session ended.' : `${who} ended.`),
+}
+
+const STATES = {
+  queued: ['wait for room', 'waits for room'],
+  prefill: ['sent a message: the prompt is being read', 'sent a message: the prompt is being read'],
+  decode: ['receive an answer, token by token', 'receives an answer, token by token'],
+  resting: ['rest: your table keeps its blocks for the next message', 'rests: its table keeps its blocks'],
+  preempted: ['were preempted', 'was preempted'],
+}
+
+const RELEASED = {
+  free: (blocks) => `${named(blocks, true)} ${are(blocks)} free again.`,
+  idle: (blocks) => `${named(blocks, true)} ${are(blocks)} idle: held by nobody, but ${blocks.length > 1 ? 'they' : 'it'} can still be found.`,
+  used: (blocks, ref) =>
+    blocks.length > 1
+      ? `${named(blocks, true)} have one reader fewer.`
+      : `Block ${blocks[0]} has one reader fewer: ${ref} left.`,
+}
+
+function named(blocks, first = false) {
+  const noun = blocks.length === 1 ? 'block' : 'blocks'
+  return `${first ? noun[0].toUpperCase() + noun.slice(1) : noun} ${ids(blocks)}`
+}
+
+function are(blocks) {
+  return blocks.length === 1 ? 'is' : 'are'
+}
+
+function readers(others, fromSystem) {
+  if (others > 0) return `that ${count(others)} ${others === 1 ? 'other reads' : 'others read'}`
+  return fromSystem ? 'of the pinned system prompt' : 'that is published'
+}
+
+const MARKS = { copy: '◆', share: '●', allocate: '▲', release: '▽', evict: '✕', preempt: '✕', fork: '⑂', write: '▪' }
+
+/** The section "What just happened". */
+export class Narration {
+  constructor(story, select) {
+    this.story = story
+    this.select = select
+    this.filter = 'all'
+    const filter = choice('Which events', { mine: 'Yours', copies: 'Copies', all: 'All' }, this.filter, (value) => {
+      this.filter = value
+      this.update()
+    })
+    this.list = el('ol', { class: 'kv-events', tabIndex: 0, 'aria-label': 'Last events, newest first' })
+    this.empty = el('p', { class: 'kv-quiet' })
+    this.root = section('What just happened', 'event', [this.empty, this.list], filter)
+  }
+
+  update() {
+    const lines = this.story.lines(this.filter).slice(-SHOWN).reverse()
+    setText(this.empty, lines.length ? '' : EMPTY[this.filter])
+    this.empty.hidden = lines.length > 0
+    reconcile(this.list, lines, (line) => line.id, (line) => this._create(line), (node, line) => this._update(node, line))
+  }
+
+  _create(line) {
+    const node = el('li', {}, [el('span', { class: 'kv-mark', 'aria-hidden': 'true' }), el('span', { class: 'kv-told' })])
+    node.addEventListener('pointerenter', () => this.select.hover(node.blocks))
+    node.addEventListener('pointerleave', () => this.select.hover(null))
+    node.addEventListener('click', () => this.select.pin(node.blocks))
+    return node
+  }
+
+  _update(node, line) {
+    node.dataset.kind = line.kind
+    node.blocks = line.source === undefined ? line.blocks : [line.source, line.block]
+    setText(node.firstChild, MARKS[line.kind] ?? '·')
+    setText(node.lastChild, tell(line, this.story.isMine(line)))
+  }
+}
+
+const EMPTY = {
+  mine: 'Nothing yet. Send a message, and your blocks tell their story here.',
+  copies: 'No copy yet. The first message of a session makes one where the system prompt ends inside a block.',
+  all: 'Nothing yet.',
+}

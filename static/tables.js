@@ -1,0 +1,327 @@
+// Block tables: the system prompt as a trunk, the viewer's own table with its slots and tokens, the others in short.
+
+import { el, reconcile, section, setData, setText, term } from './dom.js'
+import { count, plural, short } from './format.js'
+
+const OTHERS = 40 // rows; the rest is counted
+const OWN_SEQUENCES = 4
+const TOKEN_BLOCKS = 64 // blocks of own text that are shown, the newest
+const DRAWN_SLOTS = 64 // a larger block is drawn as a bar
+
+export class Tables {
+  constructor(model, select) {
+    this.model = model
+    this.select = select
+    this.tokens = null // body of /kv/me
+    this.trunks = el('div', { class: 'kv-trunks' })
+    this.own = el('div', { class: 'kv-owns' })
+    this.ownEmpty = el('p', { class: 'kv-teach' })
+    this.others = new Others(model, select)
+    const tree = el('div', { class: 'kv-tree' }, [this.trunks, this.ownEmpty, this.own, this.others.root])
+    this.root = section('Block tables', 'table', [tree])
+    followPointer(this.root, select)
+  }
+
+  update() {
+    const systems = [...this.model.system.values()]
+    reconcile(this.trunks, systems, (s) => s.name, () => new Trunk(this.model).root, (node, s) => node.view.update(s))
+    this._updateOwn()
+    this.others.update()
+  }
+
+  _updateOwn() {
+    const session = this.model.ownSession()
+    const sequences = session ? [...session.sequences.values()].slice(0, OWN_SEQUENCES) : []
+    const held = sequences.some((sequence) => sequence.table.length)
+    setText(this.ownEmpty, held ? '' : this._teach(session))
+    this.ownEmpty.hidden = held
+    reconcile(
+      this.own,
+      held ? sequences : [],
+      (sequence) => sequence.id,
+      () => new OwnTable(this.model, this.select).root,
+      (node, sequence) => node.view.update(session, sequence, this._textOf(session, sequence)),
+    )
+  }
+
+  _textOf(session, sequence) {
+    if (this.tokens?.session !== session.id) return null
+    return this.tokens.sequences.find((s) => s.id === sequence.id)?.tokens ?? null
+  }
+
+  _teach(session) {
+    const first = [...this.model.system.values()][0]
+    const ready = first ? `The first ${plural(first.table.length, 'block')} of your table are here already: computed once, shared by all.` : ''
+    if (session?.state === 'queued') return 'Your message waits for room in the pool.'
+    if (this.model.own === null) return `Every table starts with the trunk and goes on with blocks of its own. ${ready && 'New sessions find these blocks here: nobody computes them again.'}`
+    return `Say something. ${ready}`
+  }
+}
+
+/** Highlight the blocks of whatever is pointed at below `root` (`data-block`, or a node's own `kvBlocks`); pin on click. */
+function followPointer(root, select) {
+  const find = (event) => {
+    const node = event.target.closest('[data-block], [data-session]')
+    if (!node || !root.contains(node)) return null
+    const blocks = node.kvBlocks ?? [Number(node.dataset.block)]
+    return { blocks, note: node.kvNote ?? '' }
+  }
+  root.addEventListener('pointerover', (event) => {
+    const found = find(event)
+    select.hover(found?.blocks ?? null, found?.note)
+  })
+  root.addEventListener('pointerleave', () => select.hover(null))
+  root.addEventListener('click', (event) => {
+    const found = find(event)
+    if (found) select.pin(found.blocks, found.note)
+  })
+}
+
+/** One system prompt, drawn once, with the number of sessions that read it. */
+class Trunk {
+  constructor(model) {
+    this.model = model
+    this.name = el('span', { class: 'kv-name' })
+    this.size = el('span', { class: 'kv-quiet' })
+    this.times = el('span', { class: 'kv-times' })
+    this.chips = new Chips(model)
+    const head = el('div', { class: 'kv-row-head' }, [term('System prompt', 'trunk'), this.name, this.size, this.times])
+    this.root = el('div', { class: 'kv-trunk', dataset: { testid: 'kv-system' } }, [head, this.chips.root])
+    this.root.view = this
+  }
+
+  update(system) {
+    const sharers = this.model.sharers(system)
+    setData(this.root, { sharers, name: system.name })
+    setText(this.name, this.model.system.size > 1 || system.name !== 'default' ? short(system.name) : '')
+    setText(this.size, `${plural(system.tokens, 'token')} in ${plural(system.table.length, 'block')}`)
+    setText(this.times, `×${count(sharers)} ${sharers === 1 ? 'session' : 'sessions'}`)
+    this.chips.update(system.table, system.tokens)
+  }
+}
+
+/** Logical → physical: a row of chips, the block's number in each, filled as far as the block is. */
+class Chips {
+  constructor(model) {
+    this.model = model
+    this.root = el('div', { class: 'kv-chips' })
+  }
+
+  update(table, tokens) {
+    const items = table.map((block, logical) => ({ block, logical }))
+    reconcile(this.root, items, (item) => item.logical, newChip, (node, { block, logical }) => {
+      const held = Math.min(this.model.blockSize, tokens - logical * this.model.blockSize)
+      updateChip(node, this.model, block, logical, Math.max(0, held))
+    })
+  }
+}
+
+function newChip() {
+  const fill = el('span', { class: 'kv-chip-fill' })
+  const box = el('span', { class: 'kv-chip-box' }, [fill, el('span', { class: 'kv-chip-id' }), el('span', { class: 'kv-chip-refs' })])
+  return el('span', { class: 'kv-chip' }, [el('span', { class: 'kv-chip-logical' }), box])
+}
+
+function updateChip(node, model, block, logical, held) {
+  const [fill, id, refs] = node.lastChild.children
+  const ref = model.ref[block]
+  setData(node, { block, role: model.role(block) })
+  setText(node.firstChild, String(logical))
+  setText(id, String(block))
+  setText(refs, ref >= 2 ? `×${ref}` : '')
+  const height = `${(100 * held) / model.blockSize}%`
+  if (fill.style.height !== height) fill.style.height = height
+}
+
+/** The viewer's own sequence: table, last block slot by slot, and the text that is in it. */
+class OwnTable {
+  constructor(model, select) {
+    this.model = model
+    this.state = el('span', { class: 'kv-state' })
+    this.size = el('span', { class: 'kv-quiet' })
+    this.leaves = el('p', { class: 'kv-leaves' })
+    this.chips = new Chips(model)
+    this.slots = new Slots()
+    this.text = new TokenStrip(model, select)
+    const head = el('div', { class: 'kv-row-head' }, [el('span', { class: 'kv-you', text: 'You' }), this.state, this.size])
+    this.root = el('div', { class: 'kv-own', dataset: { testid: 'kv-own-table' } }, [
+      head,
+      this.leaves,
+      el('div', { class: 'kv-logical-row' }, [
+        el('span', { class: 'kv-axis', 'aria-hidden': 'true' }, [el('span', { text: 'logical' }), el('span', { text: 'block' })]),
+        this.chips.root,
+      ]),
+      this.slots.root,
+      this.text.root,
+    ])
+    this.root.view = this
+  }
+
+  update(session, sequence, text) {
+    const { tokens, table } = sequence
+    setData(this.root, { tokens, blocks: table.join(','), state: session.state, sequence: sequence.id })
+    setText(this.state, session.state)
+    setText(this.size, `${plural(tokens, 'token')} in ${plural(table.length, 'block')}`)
+    setText(this.leaves, leaving(this.model.trunkOf(table), table))
+    this.chips.update(table, tokens)
+    this.slots.update(table, tokens, this.model.blockSize)
+    this.text.update(text)
+  }
+}
+
+/** Where a table leaves the trunk, as a sentence. */
+function leaving(trunk, table) {
+  if (!trunk) return 'Shares nothing with a system prompt.'
+  const { system, blocks } = trunk
+  const all = system.table.length
+  if (blocks < all && table.length > blocks) {
+    const copied = `block ${system.table[blocks]} was copied to ${table[blocks]} when the first own token came`
+    return blocks === all - 1 ? `Shares ${blocks} of ${all} blocks; ${copied}.` : `Shares ${blocks} of ${all} blocks.`
+  }
+  return `Shares all ${plural(all, 'block')} of the system prompt, then goes its own way.`
+}
+
+/** The last block, one square a slot. */
+class Slots {
+  constructor() {
+    this.label = el('span', { class: 'kv-slots-label' })
+    this.value = el('span', { class: 'kv-slots-value' })
+    this.cells = el('span', { class: 'kv-slots-cells', 'aria-hidden': 'true' })
+    this.root = el('div', { class: 'kv-slots' }, [this.label, this.cells, this.value])
+  }
+
+  update(table, tokens, size) {
+    const filled = tokens - (table.length - 1) * size
+    setText(this.label, `Last block ${table.at(-1)}`)
+    setText(this.value, `${filled} of ${size} slots`)
+    setData(this.root, { block: table.at(-1), filled })
+    const drawn = Math.min(size, DRAWN_SLOTS)
+    while (this.cells.childElementCount < drawn) this.cells.append(el('span'))
+    const full = Math.round((filled * drawn) / size)
+    for (let i = 0; i < drawn; i++) this.cells.children[i].classList.toggle('kv-full', i < full)
+  }
+}
+
+/** The viewer's own text, token by token, cut where a new block begins. */
+class TokenStrip {
+  constructor(model, select) {
+    this.model = model
+    this.select = select
+    this.earlier = el('p', { class: 'kv-quiet' })
+    this.text = el('div', { class: 'kv-tokens', tabIndex: 0, 'aria-label': 'Your text, by blocks' })
+    this.root = el('div', { class: 'kv-text' }, [el('div', {}, [term('Your text in these blocks', 'tokens')]), this.earlier, this.text])
+  }
+
+  update(tokens) {
+    this.root.hidden = !tokens?.length
+    if (!tokens?.length || tokens === this._shown) return
+    this._shown = tokens
+    const groups = byBlock(tokens)
+    const shown = groups.slice(-TOKEN_BLOCKS)
+    const left = groups.length - shown.length
+    setText(this.earlier, left ? `${plural(left, 'earlier block')} not shown.` : '')
+    this.earlier.hidden = !left
+    const atEnd = this.text.scrollTop + this.text.clientHeight >= this.text.scrollHeight - 8
+    reconcile(this.text, shown, (group) => group.logical, newTokenGroup, (node, group) => updateTokenGroup(node, group, this.model))
+    if (atEnd) this.text.scrollTop = this.text.scrollHeight
+  }
+}
+
+/** Tokens in runs that are in one block: `[{logical, block, tokens}]`. */
+export function byBlock(tokens) {
+  const groups = []
+  for (const token of tokens) {
+    let group = groups.at(-1)
+    if (group?.block !== token.block) groups.push((group = { logical: groups.length, block: token.block, tokens: [] }))
+    group.tokens.push(token)
+  }
+  return groups
+}
+
+function newTokenGroup() {
+  return el('span', { class: 'kv-token-block' })
+}
+
+function updateTokenGroup(node, { logical, block, tokens }, model) {
+  setData(node, { block, role: model.role(block), odd: logical % 2 })
+  reconcile(node, tokens.map((token, i) => ({ ...token, i })), (token) => token.i, newToken, updateToken)
+}
+
+function newToken() {
+  return el('span', { class: 'kv-token' })
+}
+
+function updateToken(node, { text, block, slot }) {
+  setText(node, text === '' ? '·' : text)
+  setData(node, { block, slot })
+  node.kvNote = `Token ${JSON.stringify(text)} is in slot ${slot} of block ${block}.`
+}
+
+/** All other sessions, a row each. */
+class Others {
+  constructor(model, select) {
+    this.model = model
+    this.title = el('span', { class: 'kv-quiet' })
+    this.head = el('div', { class: 'kv-other kv-other-head', 'aria-hidden': 'true' })
+    for (const text of ['Session', 'State', 'Table', 'Tokens', 'Blocks', 'Off trunk']) this.head.append(el('span', { text }))
+    this.list = el('div', { class: 'kv-others-list', role: 'list', tabIndex: 0, 'aria-label': 'Other sessions' })
+    this.more = el('p', { class: 'kv-quiet kv-more' })
+    this.root = el('div', { class: 'kv-others' }, [
+      el('div', { class: 'kv-row-head' }, [term('Other sessions', 'others'), this.title]),
+      this.head,
+      this.list,
+      this.more,
+    ])
+  }
+
+  update() {
+    const { model } = this
+    const others = [...model.sessions.values()].filter((session) => session.id !== model.own)
+    const shown = others.slice(0, OTHERS).map((session) => outline(model, session))
+    const longest = Math.max(1, ...shown.map((row) => row.blocks.length))
+    setText(this.title, others.length ? count(others.length) : 'nobody else now: open a second tab and see the trunk become ×2')
+    this.head.hidden = this.list.hidden = !others.length
+    reconcile(this.list, shown, (row) => row.id, newOther, (node, row) => updateOther(node, row, longest))
+    const left = others.length - shown.length
+    setText(this.more, left > 0 ? `and ${count(left)} more` : '')
+    this.more.hidden = left <= 0
+  }
+}
+
+/** What a row shows of a session: the blocks of all its sequences, each once, by role. */
+function outline(model, { id, state, sequences }) {
+  const views = [...sequences.values()]
+  const blocks = [...new Set(views.flatMap((view) => view.table))]
+  const roles = { system: 0, shared: 0, private: 0 }
+  for (const block of blocks) roles[model.role(block)]++
+  const tokens = views.reduce((sum, view) => sum + view.tokens, 0)
+  const trunk = views[0] && model.trunkOf(views[0].table)
+  return { id, state, tokens, blocks, roles, trunk: trunk ? `after ${trunk.blocks} of ${trunk.system.table.length}` : '–' }
+}
+
+function newOther() {
+  const parts = ['system', 'shared', 'private'].map((role) => el('span', { dataset: { role } }))
+  const bar = el('span', { class: 'kv-other-bar', 'aria-hidden': 'true' }, parts)
+  const cells = ['name', 'state', null, 'tokens', 'blocks', 'trunk']
+  return el(
+    'div',
+    { class: 'kv-other', role: 'listitem', dataset: { testid: 'kv-other-session' } },
+    cells.map((name) => (name ? el('span', { class: `kv-other-${name}` }) : bar)),
+  )
+}
+
+function updateOther(node, { id, state, tokens, blocks, roles, trunk }, longest) {
+  const [name, status, bar, tokenCell, blockCell, trunkCell] = node.children
+  setData(node, { session: id, state, tokens, blocks: blocks.length })
+  node.kvBlocks = blocks
+  node.kvNote = `Session ${id}: ${plural(tokens, 'token')} in ${plural(blocks.length, 'block')}.`
+  setText(name, `${id}`)
+  setText(status, state)
+  setText(tokenCell, count(tokens))
+  setText(blockCell, count(blocks.length))
+  setText(trunkCell, trunk)
+  for (const part of bar.children) {
+    const width = `${(100 * roles[part.dataset.role]) / longest}%`
+    if (part.style.width !== width) part.style.width = width
+  }
+}
