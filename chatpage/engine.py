@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from chatpage import tutor
 from chatpage.cache.pool import BlockPool
 from chatpage.cache.prefix import common_length
-from chatpage.errors import Busy, ChatPageError, RequestError, Unavailable
+from chatpage.errors import Busy, ChatPageError, RequestError, SettingError, Unavailable
 from chatpage.events import Event, EventLog, Snapshot
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Delta, FinishReason, Prompt, Request
@@ -56,6 +56,7 @@ T = TypeVar("T")
 MAX_SESSIONS = 10_000  # open at once; beyond it the one opened first is closed
 MAX_BYTES_PER_TOKEN = 16  # a prompt of more bytes per token of context is refused before it is tokenised
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant. Answer briefly and clearly, and say so when you do not know."
+SYSTEM_ROLES = ("system", "developer")
 FAILED_STEPS = 3  # in a row, after which the engine gives up
 SWEEP_SECONDS = 1.0  # how often expired sessions are looked for while nothing runs
 
@@ -206,14 +207,17 @@ class Engine:
             Unavailable: the model is not loaded.
         """
         self._require_ready()
-        if self.systems and not any(message["role"] in ("system", "developer") for message in messages):
-            messages = [{"role": "system", "content": self.systems[0].text}, *messages]
-        size = sum(len(message["content"].encode("utf-8", "replace")) for message in messages)
+        text = self.systems[0].text
+        if messages and messages[0].get("role") in SYSTEM_ROLES:
+            text = messages[0].get("content")
+        elif text:
+            messages = [{"role": "system", "content": text}, *messages]
+        size = sum(len(str(message.get("content")).encode("utf-8", "replace")) for message in messages)
         if size > MAX_BYTES_PER_TOKEN * self.max_model_len:
             raise self._too_long(f"more than {self.max_model_len}")
         tokens = self.template.render(messages)
         self.require_room(len(tokens))
-        system = next((s for s in self.systems if messages and s.text == messages[0]["content"]), None)
+        system = next((s for s in self.systems if s.text == text), None)
         shared = common_length(tokens, system.tokens) if system and self.sharing != "off" else 0
         return Prompt(tuple(tokens), shared)
 
@@ -403,15 +407,28 @@ class Engine:
 
     def _prefill_systems(self) -> None:
         """Compute every system prompt once, and pin it, so that no session computes it again."""
-        default = tutor.system_prompt() if self.settings.model is None else DEFAULT_SYSTEM_PROMPT
-        for number, text in enumerate(self.settings.system_prompt or [default]):
-            self.detail = "Computing the system prompt"
+        self.detail = "Computing the system prompt"
+        for number, text in enumerate(self.settings.system_prompt or [self._default_system_prompt()]):
             name = "default" if number == 0 else f"system prompt {number + 1}"
             system = SystemPrompt(name, text, tuple(self.template.system_prefix(text)))
-            self.require_room(len(system.tokens) + 1)
+            if len(system.tokens) + 1 >= self.max_model_len:
+                raise SettingError(
+                    f"--system-prompt number {number + 1} has {len(system.tokens)} tokens; it must leave room for a "
+                    f"question and an answer in a context of {self.max_model_len}."
+                )
             if self.sharing != "off" and system.tokens:
                 self._prefill_and_pin(system)
             self.systems.append(system)
+
+    def _default_system_prompt(self) -> str:
+        """The model's own, or none where its template takes none."""
+        text = tutor.system_prompt() if self.settings.model is None else DEFAULT_SYSTEM_PROMPT
+        try:
+            self.template.system_prefix(text)
+        except RequestError:
+            self.notes.append("This model's chat template takes no system prompt.")
+            return ""
+        return text
 
     def _prefill_and_pin(self, system: SystemPrompt) -> None:
         session = Session(0, domain=None, keeps=False)
