@@ -1,0 +1,462 @@
+"""The chat page: a hand-wired `gr.Blocks` in which every browser tab has one `Conversation`.
+
+Gradio shows, the conversation on the server is the truth. Stop is cooperative: the button tells the conversation to
+stop, the running handler sees the stream end and finishes as usual (Gradio's own `cancels=` leaves overlays behind).
+"""
+
+import asyncio
+import contextlib
+import html
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from chatpage.conversation import Conversation
+from chatpage.engine import Engine, Stream
+from chatpage.errors import ChatPageError, Unavailable
+from chatpage.schedule.params import SamplingParams
+from chatpage.schedule.request import Delta
+from chatpage.settings import Settings
+from chatpage.web.page_text import Progress, drawn, plain
+from chatpage.web.page_theme import theme
+
+UPDATE_INTERVAL = 0.04  # seconds between two updates of a streaming answer
+POLL_INTERVAL = 0.2  # seconds between two looks at an engine that loads
+MAX_CONVERSATIONS = 10_000
+KEEP_TEXT = 600.0  # seconds that the text of a closed tab is kept
+CUSTOM = "Custom text, private to this chat"
+
+# Temperature, top-p, top-k, max tokens, seed.
+DEFAULTS = [0.7, 0.95, 0, None, None]
+
+LATEX = [
+    {"left": "$$", "right": "$$", "display": True},
+    {"left": "\\[", "right": "\\]", "display": True},
+    {"left": "\\(", "right": "\\)", "display": False},
+]
+SHARING = {
+    "all": "equal text is shared by all sessions",
+    "system": "the system prompt is shared, messages are private",
+    "off": "nothing is shared between sessions",
+}
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; form-action 'self'"
+KEYS = "<kbd>Enter</kbd> sends · <kbd>Shift</kbd> <kbd>Enter</kbd> starts a line · <kbd>Esc</kbd> stops"
+
+# The address the application is mounted under; behind a proxy it differs from the server's own root.
+PANEL_JS = """
+const root = window.gradio_config?.root || '';
+const base = new URL(root || '.', document.baseURI).pathname.replace(/\\/$/, '');
+import(base + '/panel/panel.js').then(panel => panel.mount(element.querySelector('.kv-root')));
+"""
+VIEWER_JS = """
+(viewer) => {
+    window.chatpageViewer = viewer;
+    window.dispatchEvent(new CustomEvent('chatpage:viewer'));
+}
+"""
+KEYS_JS = """
+() => document.addEventListener('keydown', event => {
+    if (event.key === 'Escape') document.querySelector('#message button.stop-button')?.click();
+})
+"""
+
+
+def examples(settings: Settings) -> list[str]:
+    """Questions to begin with."""
+    if settings.model is None:
+        return [
+            "What is a KV cache?",
+            "Why does contiguous reservation waste memory?",
+            "What is a block table?",
+            "What is copy-on-write?",
+        ]
+    return [
+        "What can you help me with?",
+        "Explain virtual memory to a ten-year-old.",
+        "Write a haiku about memory.",
+        "Name three uses of a hash table.",
+    ]
+
+
+def build(engine: Engine, settings: Settings) -> gr.Blocks:
+    """The page for an engine that need not be ready yet: what depends on the model is filled in when it is."""
+    return Page(engine, settings).blocks
+
+
+def mount_page(app: Starlette, engine: Engine, settings: Settings) -> Starlette:
+    """Put the page at "/" of an application that has all its other routes already; Gradio answers whatever is left."""
+    gr.mount_gradio_app(
+        app,  # pyright: ignore[reportArgumentType]: any Starlette application will do
+        build(engine, settings),
+        path="/",
+        footer_links=["gradio", "settings"],
+        run_history=False,
+        app_kwargs={"middleware": [Middleware(ContentPolicy)]},
+        show_error=False,
+        max_file_size=0,
+        ssr_mode=False,
+        theme=theme(),
+        css_paths=Path(__file__).with_name("page.css"),
+        js=KEYS_JS,
+    )
+    return app
+
+
+class ContentPolicy:
+    """Tells the browser to fetch nothing from other hosts, whatever an answer tries to draw."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+class Visitors:
+    """Who is here: one conversation a browser tab.
+
+    A tab that is closed gives back its blocks at once. What was said in it is kept for a while, since a tab may only
+    have lost its connection, and come back. The keys are Gradio's session hashes: they open things, so they are never
+    logged, shown or sent anywhere.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._here: OrderedDict[str, Conversation] = OrderedDict()
+        self._gone: OrderedDict[str, tuple[float, Conversation]] = OrderedDict()
+
+    def find(self, key: str) -> Conversation | None:
+        """The conversation of this tab, also if the tab was away."""
+        if key in self._gone:
+            self._here[key] = self._gone.pop(key)[1]
+        return self._here.get(key)
+
+    def open(self, key: str, system_prompt: str | None) -> Conversation:
+        """A new conversation for this tab, in place of the one that it had.
+
+        Raises:
+            Unavailable: the engine is not ready.
+        """
+        if self._engine.status != "ready":
+            raise Unavailable(self._engine.detail)
+        if old := self.find(key):
+            old.close()
+        elif len(self._here) >= MAX_CONVERSATIONS:
+            self.leave(next(iter(self._here)))
+        self._here[key] = Conversation(self._engine, system_prompt)
+        return self._here[key]
+
+    def leave(self, key: str) -> None:
+        """The tab is gone, or seems so: stop what runs for it and give back its blocks."""
+        if conversation := self._here.pop(key, None):
+            conversation.close()
+            self._gone[key] = time.monotonic(), conversation
+        while self._gone and next(iter(self._gone.values()))[0] < time.monotonic() - KEEP_TEXT:
+            self._gone.popitem(last=False)
+
+
+class Page:
+    """The components, and what happens when somebody uses them."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.visitors = Visitors(engine)
+        with gr.Blocks(title="ChatPage", analytics_enabled=False, fill_width=True) as self.blocks:
+            self._lay_out()
+            self._wire()
+        self.blocks.queue(default_concurrency_limit=None, api_open=False)
+
+    # -- what is on the page --------------------------------------------------------------------------------------
+
+    def _lay_out(self) -> None:
+        self.header = gr.HTML(_header_html(self.engine.detail), elem_id="header")
+        with gr.Row(elem_id="columns", equal_height=False):
+            with gr.Column(elem_id="chat-column", min_width=320):
+                self._lay_out_chat()
+                self._lay_out_settings()
+            with gr.Column(elem_id="panel-column", min_width=320):
+                gr.HTML(html_template="<div class='kv-root'></div>", js_on_load=PANEL_JS, elem_id="panel")
+        self.viewer = gr.JSON(visible="hidden")
+
+    def _lay_out_chat(self) -> None:
+        with gr.Column(elem_id="card"):
+            self.chat = gr.Chatbot(
+                label="Chat",
+                elem_id="chat",
+                show_label=False,
+                height=560,
+                layout="bubble",
+                editable="user",
+                latex_delimiters=LATEX,
+                buttons=["copy", "copy_all"],
+                sanitize_html=True,
+                allow_tags=False,
+                feedback_options=None,
+                allow_file_downloads=False,
+                placeholder="### Ask something\nYour words take blocks of the pool that is drawn beside this chat.",
+                examples=[{"text": text} for text in examples(self.settings)],
+            )
+            self.status = gr.HTML(_status_html(self.engine.detail), elem_id="status")
+            self.message = gr.Textbox(
+                label="Message",
+                elem_id="message",
+                show_label=False,
+                container=False,
+                placeholder="Write a message",
+                lines=1,
+                max_lines=8,
+                submit_btn="Send",
+                autofocus=True,
+            )
+        with gr.Row(elem_id="below"):
+            self.new = gr.Button("New chat", elem_id="new-chat", size="sm", scale=0, min_width=96)
+            gr.HTML(KEYS, elem_id="keys")
+
+    def _lay_out_settings(self) -> None:
+        with gr.Accordion("Settings", open=False, elem_id="settings"):
+            self.preset = gr.Dropdown(label="System prompt", info="A change begins with the next new chat.")
+            self.prompt_text = gr.Textbox(label="Text of the system prompt", lines=3, max_lines=8, interactive=False)
+            with gr.Row():
+                self.temperature = gr.Slider(0, 2, step=0.05, label="Temperature", info="0 takes the likeliest token.")
+                self.top_p = gr.Slider(0.05, 1, step=0.05, label="Top-p", info="1 keeps every token.")
+            with gr.Row():
+                self.top_k = gr.Slider(0, 200, step=1, label="Top-k", info="0 keeps every token.")
+                self.max_tokens = gr.Number(label="Max tokens", precision=0, info="Empty: the server's limit.")
+                self.seed = gr.Number(label="Seed", precision=0, info="Empty: a new draw each time.")
+            self.reset = gr.Button("Reset", size="sm", elem_id="reset")
+        for component, value in zip(self._sampling(), DEFAULTS, strict=True):
+            component.value = value
+
+    def _sampling(self) -> list[Any]:
+        return [self.temperature, self.top_p, self.top_k, self.max_tokens, self.seed]
+
+    # -- what happens ---------------------------------------------------------------------------------------------
+
+    def _wire(self) -> None:
+        hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        many: dict[str, Any] = {**hidden, "concurrency_limit": None, "trigger_mode": "multiple"}
+        wishes: set[Any] = {self.message, self.preset, self.prompt_text, *self._sampling()}
+        answer: list[Any] = [self.chat, self.message, self.status, self.viewer]
+
+        self.message.submit(self.send, wishes, answer, **many)
+        self.chat.example_select(self.ask_example, wishes, answer, **many)
+        self.chat.retry(self.retry, wishes, answer, **many)
+        self.chat.edit(self.edit, wishes, answer, **many)
+        self.message.stop(self.stop, None, None, queue=False, **hidden)
+        self.new.click(self.start_again, wishes, answer, queue=False, **hidden)
+        self.preset.input(self.show_prompt, self.preset, self.prompt_text, queue=False, **hidden)
+        self.reset.click(lambda: DEFAULTS, None, self._sampling(), queue=False, **hidden)
+        self.viewer.change(None, self.viewer, None, js=VIEWER_JS, **hidden)
+        arrival: list[Any] = [self.header, self.status, self.viewer, self.preset, self.prompt_text]
+        self.blocks.load(self.arrive, None, arrival, **many)
+        self.blocks.unload(self.leave)
+
+    async def arrive(self, request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
+        """A tab has opened: tell how the engine's start goes on, then give the tab its conversation."""
+        said = ""
+        while self.engine.status == "starting":
+            if self.engine.detail != said:
+                said = self.engine.detail
+                yield {self.status: _status_html(said)}
+            await asyncio.sleep(POLL_INTERVAL)
+        try:
+            conversation = self.visitors.open(_key(request), None)
+        except ChatPageError as error:
+            yield {self.status: _status_html(str(error))}
+            return
+        first = self.engine.systems[0]
+        yield {
+            self.header: _header_html(_facts(self.engine)),
+            self.status: _status_html("Ready"),
+            self.viewer: _viewer(conversation),
+            self.preset: gr.Dropdown(choices=_presets(self.engine), value=first.name),
+            self.prompt_text: first.text,
+        }
+
+    def leave(self, request: gr.Request) -> None:
+        """The tab is closed."""
+        self.visitors.leave(_key(request))
+
+    async def send(self, values: dict[Any, Any], request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
+        text = values[self.message]
+        if text and text.strip():
+            async for update in self._answer(values, request, lambda talk, params: talk.say(text, params), sent=True):
+                yield update
+
+    async def ask_example(
+        self, values: dict[Any, Any], event: gr.SelectData, request: gr.Request
+    ) -> AsyncIterator[dict[Any, Any]]:
+        text = event.value["text"]
+        async for update in self._answer(values, request, lambda talk, params: talk.say(text, params)):
+            yield update
+
+    async def retry(self, values: dict[Any, Any], request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
+        async for update in self._answer(values, request, lambda talk, params: talk.regenerate(params)):
+            yield update
+
+    async def edit(
+        self, values: dict[Any, Any], event: gr.EditData, request: gr.Request
+    ) -> AsyncIterator[dict[Any, Any]]:
+        index = event.index if isinstance(event.index, int) else event.index[0]
+        text = plain(str(event.value))
+        async for update in self._answer(values, request, lambda talk, params: talk.edit(index, text, params)):
+            yield update
+
+    async def stop(self, request: gr.Request) -> None:
+        if conversation := self.visitors.find(_key(request)):
+            conversation.stop()
+
+    async def start_again(self, values: dict[Any, Any], request: gr.Request) -> dict[Any, Any]:
+        """New chat, with the system prompt that is chosen now."""
+        try:
+            conversation = self._conversation(_key(request), self._system_prompt(values), fresh=True)
+        except ChatPageError as error:
+            gr.Warning(str(error))
+            return {self.status: gr.skip()}
+        return {
+            self.chat: [],
+            self.message: _idle(),
+            self.status: _status_html("Ready"),
+            self.viewer: _viewer(conversation),
+        }
+
+    async def show_prompt(self, name: str) -> Any:
+        """The text of the chosen system prompt; one's own may be written here."""
+        text = next((system.text for system in self.engine.systems if system.name == name), "")
+        return gr.Textbox(value=text, interactive=name == CUSTOM)
+
+    # -- one answer -----------------------------------------------------------------------------------------------
+
+    async def _answer(
+        self,
+        values: dict[Any, Any],
+        request: gr.Request,
+        begin: Callable[[Conversation, SamplingParams], Stream],
+        *,
+        sent: bool = False,
+    ) -> AsyncIterator[dict[Any, Any]]:
+        """Begin a turn and show its answer as it grows. A refusal is said in a toast; what was typed stays."""
+        key = _key(request)
+        try:
+            conversation = self._conversation(key, self._system_prompt(values))
+            progress = Progress(first_turn=not conversation.messages)
+            stream = begin(conversation, self._params(values))
+        except ChatPageError as error:
+            gr.Warning(str(error))
+            yield self._unchanged(key)
+            return
+        yield {
+            self.chat: drawn(conversation.messages),
+            self.message: _busy(clear=sent),
+            self.viewer: _viewer(conversation),
+        }
+        history, text = drawn(_before_answer(conversation.messages)), ""
+        async with contextlib.aclosing(stream):
+            async for delta in _paced(stream):
+                text += delta.text
+                if self.visitors.find(key) is not conversation:
+                    return  # the tab was closed or began a new chat
+                if delta.error:
+                    gr.Warning(delta.error)
+                shown = history + drawn([{"role": "assistant", "content": text}]) if text else history
+                yield {self.chat: shown, self.status: _status_html(progress.line(delta))}
+        yield {self.chat: drawn(conversation.messages), self.message: _idle()}
+
+    def _conversation(self, key: str, system_prompt: str | None, *, fresh: bool = False) -> Conversation:
+        """This tab's conversation. The system prompt that is chosen counts from its next beginning."""
+        conversation = self.visitors.find(key)
+        changed = conversation is None or conversation.system_prompt != system_prompt
+        if conversation is None or (changed and (fresh or not conversation.messages)):
+            return self.visitors.open(key, system_prompt)
+        if fresh:
+            conversation.clear()
+        return conversation
+
+    def _unchanged(self, key: str) -> dict[Any, Any]:
+        """The chat as the server has it: an edit that was refused is drawn away."""
+        conversation = self.visitors.find(key)
+        if conversation is None or conversation.busy:
+            return {self.status: gr.skip()}
+        return {self.chat: drawn(conversation.messages)}
+
+    def _system_prompt(self, values: dict[Any, Any]) -> str | None:
+        """The chosen system prompt; None is the server's default."""
+        if values[self.preset] == CUSTOM:
+            return values[self.prompt_text] or None
+        return next((s.text for s in self.engine.systems[1:] if s.name == values[self.preset]), None)
+
+    def _params(self, values: dict[Any, Any]) -> SamplingParams:
+        temperature, top_p, top_k, max_tokens, seed = (values[component] for component in self._sampling())
+        return SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed)
+
+
+async def _paced(stream: Stream) -> AsyncIterator[Delta]:
+    """The stream's deltas, not more often than the page is drawn: it merges those that nobody has read yet."""
+    async for delta in stream:
+        yield delta
+        if delta.state != "done":
+            await asyncio.sleep(UPDATE_INTERVAL)
+
+
+def _before_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+
+
+def _key(request: gr.Request) -> str:
+    if not request.session_hash:
+        raise gr.Error("This page needs a browser.")
+    return request.session_hash
+
+
+def _viewer(conversation: Conversation) -> dict[str, Any]:
+    """Who looks at the panel: what opens the own rows, and the pseudonym they have in the events."""
+    return {"token": conversation.session.view_token, "session": conversation.session.id}
+
+
+def _presets(engine: Engine) -> list[tuple[str, str]]:
+    """Label and value of each system prompt that may be chosen."""
+    private = engine.sharing == "off"
+    shared = [(system.name if private else f"{system.name}, shared", system.name) for system in engine.systems]
+    return [*shared, (CUSTOM, CUSTOM)]
+
+
+def _busy(*, clear: bool) -> Any:
+    buttons = {"submit_btn": False, "stop_btn": "Stop"}
+    return gr.Textbox(value="", **buttons) if clear else gr.Textbox(**buttons)
+
+
+def _idle() -> Any:
+    return gr.Textbox(submit_btn="Send", stop_btn=False)
+
+
+def _facts(engine: Engine) -> str:
+    """What answers here, and what is shared in force."""
+    return " · ".join(
+        [
+            engine.model_name,
+            f"{engine.device}, {engine.dtype}",
+            f"block size {engine.block_size}",
+            SHARING[engine.sharing],
+        ]
+    )
+
+
+def _header_html(facts: str) -> str:
+    return f"<h1>ChatPage</h1><p>{html.escape(facts)}</p>"
+
+
+def _status_html(line: str) -> str:
+    return f"<p>{html.escape(line)}</p>"
