@@ -110,6 +110,7 @@ class Engine:
         self._settled = threading.Event()  # start-up has ended, well or not
         self._error: BaseException | None = None
         self._lock = threading.Lock()
+        self._ended = False  # the thread runs no more commands
         self._sessions: dict[str, Session] = {}
         self._viewers: dict[str, str] = {}
         self._session_ids = itertools.count(1)
@@ -144,7 +145,7 @@ class Engine:
         """Cancel everything and end the thread. Harmless the second time."""
         if self.status in ("starting", "ready"):
             self.status, self.detail = "stopping", "The server is stopping"
-        self._commands.put(lambda: None)
+        self._post(lambda: None)
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout)
 
@@ -173,7 +174,7 @@ class Engine:
             session = self._sessions.pop(key, None)
             self._viewers = {token: k for token, k in self._viewers.items() if k != key}
         if session is not None:
-            self._commands.put(lambda: self._close(session))
+            self._post(lambda: self._close(session))
 
     def has_session(self, key: str) -> bool:
         return key in self._sessions
@@ -258,8 +259,10 @@ class Engine:
                 done.set()
                 self._leave_queue()
 
-        stream = Stream(lambda: self._commands.put(lambda: self._cancel(stream)), hear)
-        self._commands.put(lambda: self._submit(request, stream))
+        stream = Stream(lambda: self._post(lambda: self._cancel(stream)), hear)
+        if not self._post(lambda: self._submit(request, stream)):
+            self._leave_queue()
+            raise Unavailable(f"{self.detail}.")
         return stream
 
     def _enter_queue(self) -> None:
@@ -286,10 +289,10 @@ class Engine:
 
         It is called on the engine's thread, and must be quick. The snapshot is the listener's own copy.
         """
-        self._commands.put(lambda: self._add_listener(listener))
+        self._post(lambda: self._add_listener(listener))
 
     def unsubscribe(self, listener: Listener) -> None:
-        self._commands.put(lambda: self._listeners.remove(listener) if listener in self._listeners else None)
+        self._post(lambda: self._listeners.remove(listener) if listener in self._listeners else None)
 
     def stats(self) -> dict[str, float]:
         """Counters since the start, and how many sequences run and wait now."""
@@ -308,6 +311,13 @@ class Engine:
             "seconds_since_progress": time.monotonic() - self.last_progress,
         }
 
+    def _post(self, command: Callable[[], None]) -> bool:
+        """Have a command run between two steps. False where the thread has ended, or is about to."""
+        with self._lock:
+            if not self._ended:
+                self._commands.put(command)
+            return not self._ended
+
     def _ask(self, question: Callable[[], T]) -> T:
         """Run a function on the engine's thread between two steps, and wait for its answer."""
         future: Future[T] = Future()
@@ -318,7 +328,8 @@ class Engine:
             except BaseException as error:
                 future.set_exception(error)
 
-        self._commands.put(answer)
+        if not self._post(answer):
+            raise Unavailable(f"{self.detail}.")
         return future.result(timeout=30)
 
     # -- the engine's thread: life --------------------------------------------------------------------------------
@@ -347,6 +358,8 @@ class Engine:
     def _end_all(self) -> None:
         """Tell every reader that nothing more will come."""
         self._settled.set()
+        with self._lock:
+            self._ended = True
         while not self._commands.empty():
             self._commands.get()()
         for turn in list(self._turns.values()):
