@@ -80,14 +80,22 @@ export class Tooltip {
     this.node.id = `kv-tip-${Tooltip.made++}`
     root.append(this.node)
     const find = (event) => event.target.closest?.('[data-tip]')
-    root.addEventListener('pointerover', (event) => this._show(find(event)))
+    root.addEventListener('pointerover', (event) => this._showSoon(find(event)))
     root.addEventListener('focusin', (event) => this._show(find(event)))
     root.addEventListener('pointerleave', () => this._show(null))
     root.addEventListener('focusout', () => this._show(null))
     root.addEventListener('keydown', (event) => event.key === 'Escape' && this._show(null))
   }
 
+  /** A pointer that only passes by opens nothing. */
+  _showSoon(target) {
+    clearTimeout(this._timer)
+    if (!target) this._show(null)
+    else if (target !== this.target) this._timer = setTimeout(() => this._show(target), 250)
+  }
+
   _show(target) {
+    clearTimeout(this._timer)
     if (target === this.target) return
     this.target?.removeAttribute('aria-describedby')
     this.target = target

@@ -32,10 +32,10 @@ export class Ledger {
   }
 
   _figures({ saved, empty, slots, reserved, tokens }) {
-    const each = this.model.bytesPerBlock
+    const each = this.model.bytesPerBlock, never = reserved - tokens
     this.saved.update(plural(saved, 'block'), each ? bytes(saved * each) : '', `${count(saved)} blocks × ${count(each)} bytes`)
-    this.empty.update(`${count(empty)} of ${count(slots)}`, percent(empty, slots))
-    this.never.update(`${count(reserved - tokens)} of ${count(reserved)}`, percent(reserved - tokens, reserved))
+    this.empty.update(plural(empty, 'slot'), `${percent(empty, slots)} of ${count(slots)}`)
+    this.never.update(plural(never, 'slot'), `${percent(never, reserved)} of ${count(reserved)}`)
   }
 }
 

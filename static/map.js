@@ -5,7 +5,7 @@ import { el } from './dom.js'
 
 const MARGIN = 4 // px around the cells, so that rings at the edge are whole
 const LARGEST_CELL = 22, SMALLEST_CELL = 2
-const TALLEST = 224 // px that all rows may take, where cells can be made small enough
+const TALLEST = 180 // px that all rows may take, where cells can be made small enough
 const WITH_FILL = 5 // px: from this size on a cell shows how full its block is
 const WITH_COUNT = 16 // px: from here on it shows its reference count
 const FLASH = 1200, FLASH_STILL = 2000 // ms that a copy is shown, moving and not
@@ -38,6 +38,7 @@ export class PoolMap {
   layout() {
     const width = this.root.clientWidth
     if (!width || !this.model.numBlocks) return
+    this._shape = `${this.model.numBlocks} in ${width}`
     this.cell = cellSize(this.model.numBlocks, width - 2 * MARGIN)
     this.gap = this.cell > 2 ? 1 : 0
     this.columns = Math.floor((width - 2 * MARGIN) / this.cell)
@@ -65,6 +66,12 @@ export class PoolMap {
     this._own = this.model.ownBlocks()
     for (let block = 1; block <= this.model.numBlocks; block++) this._drawCell(block)
     this._drawMarks()
+  }
+
+  /** A new snapshot: everything may have changed. */
+  reload() {
+    if (this._shape === `${this.model.numBlocks} in ${this.root.clientWidth}`) this.redraw()
+    else this.layout()
   }
 
   /** Draw the cells that changed. */
@@ -106,17 +113,16 @@ export class PoolMap {
   }
 
   _drawBlock(context, x, y, size, role, block) {
-    const { solid, tint, pattern } = this._paint[role]
+    const { solid, tint, line, pattern } = this._paint[role]
     if (role === 'free') return outline(context, x, y, size, solid, [])
     context.fillStyle = tint
     context.fillRect(x, y, size, size)
     const height = Math.ceil((size * this.model.fill[block]) / this.model.blockSize)
-    for (const fill of [role === 'idle' ? null : solid, pattern]) {
-      if (!fill) continue
+    for (const fill of pattern ? [solid, pattern] : [solid]) {
       context.fillStyle = fill
       context.fillRect(x, y + size - height, size, height)
     }
-    if (role === 'idle') outline(context, x, y, size, solid, [2, 2])
+    if (role === 'idle') outline(context, x, y, size, line, [2, 2])
     if (this._own.has(block)) this._drawOwn(context, x, y, size)
     if (this.cell >= WITH_COUNT && this.model.ref[block] >= 2) this._drawCount(context, x, y, size, block)
   }
@@ -275,10 +281,15 @@ export function cellSize(blocks, width) {
 function paint(node, context, scale) {
   const style = getComputedStyle(node)
   const colour = (name) => style.getPropertyValue(`--kv-${name}`).trim()
-  const role = (name, pattern = null) => ({ solid: colour(name), tint: colour(`${name}-tint`), pattern })
+  const role = (name, pattern = null) => ({
+    solid: colour(name),
+    tint: colour(`${name}-tint`),
+    line: colour(`${name}-line`),
+    pattern,
+  })
   return {
     free: role('free'),
-    idle: role('idle', tile(context, scale, colour('idle'), hatch)),
+    idle: role('idle'),
     private: role('private'),
     system: role('system', tile(context, scale, colour('system-line'), hatch)),
     shared: role('shared', tile(context, scale, colour('shared-line'), dots)),

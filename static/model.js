@@ -84,20 +84,11 @@ export class Model {
     this._sequences.set(view.id, { session, view })
   }
 
-  /**
-   * Move on by one message of the event stream: `{seq: [first, last], events: […]}`.
-   *
-   * Where the viewer sees everything, each number must be there; other scopes leave out what is not for them.
-   */
+  /** Move on by one message of the event stream: `{seq: [first, last], events: […]}`, every number in it once. */
   applyDelta({ seq: [first, last], events }) {
     if (last <= this.seq) return // seen already, before a reconnection
-    if (first !== this.seq + 1) throw new Gap(`events ${first} to ${last} cannot follow event ${this.seq}`)
-    for (const event of events) {
-      if (this.scope !== 'full' && event.seq > this.seq) this.seq = event.seq - 1
-      this.apply(event)
-    }
-    if (this.scope === 'full' && this.seq !== last) throw new Gap(`event ${last} is missing`)
-    this.seq = last
+    for (const event of events) if (event.seq > this.seq) this.apply(event)
+    if (this.seq !== last) throw new Gap(`events ${first} to ${last} do not lead on to event ${last}`)
   }
 
   /** Move on by one event. Throws `Gap` if it is not the next one, or names what is not there. */

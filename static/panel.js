@@ -175,7 +175,7 @@ class Panel {
 
   _draw() {
     const dirty = this.model.takeDirty()
-    if (this._whole) this.map.layout()
+    if (this._whole) this.map.reload()
     else this.map.update(dirty)
     this._whole = false
     for (const { source, block } of this._copies.splice(0)) this.map.flash(source, block)
@@ -221,7 +221,7 @@ class Header {
     this.pause.addEventListener('click', () => this._toggle(onPause))
     this.force = el('p', { class: 'kv-force' })
     this.detail = el('p', { class: 'kv-teach', text: 'Waiting for the engine’s first snapshot.' })
-    const bar = el('div', { class: 'kv-head-bar' }, [el('h2', {}, [term('KV cache, block by block', 'panel')]), this.status, this.pause])
+    const bar = el('div', { class: 'kv-head-bar' }, [el('h2', {}, [term('KV cache in blocks', 'panel')]), this.status, this.pause])
     this.root = el('header', { class: 'kv-head' }, [bar, this.force, this.detail])
     this._facts()
   }
@@ -258,8 +258,13 @@ class Header {
 }
 
 const LEGEND = { private: 'One session', system: 'System prompt', shared: 'Shared otherwise', idle: 'Idle', free: 'Free' }
-const PARTS = { used: 'used', shared: 'sharedCount', pinned: 'pinned', resting: 'resting' }
-const TALLIES = { hit_tokens: ['Prefix hits', 'hits', 'tokens'], copied: ['Copies', 'copies', ''], evicted: ['Evictions', 'evictions', ''], preempted: ['Preemptions', 'preemptions', ''] }
+const PARTS = { shared: ['Shared', 'sharedCount'], pinned: ['Pinned', 'pinned'], resting: ['Resting', 'resting'] }
+const TALLIES = {
+  hit_tokens: ['Prefix hits', 'hits'],
+  copied: ['Copied', 'copies'],
+  evicted: ['Evicted', 'evictions'],
+  preempted: ['Preempted', 'preemptions'],
+}
 
 /** The map with its numbers: legend and counts in one, the inspector, the counters, and the same as a table. */
 class Pool {
@@ -300,8 +305,7 @@ class Pool {
   _buildTallies() {
     this.tallies = el('dl', { class: 'kv-tallies' })
     this.parts = {}
-    for (const [name, label] of Object.entries(PARTS)) this.parts[name] = this._tally(name === 'used' ? 'Used' : name[0].toUpperCase() + name.slice(1), label)
-    for (const [name, [label, tip]] of Object.entries(TALLIES)) this.parts[name] = this._tally(label, tip)
+    for (const [name, labels] of Object.entries({ ...PARTS, ...TALLIES })) this.parts[name] = this._tally(...labels)
     this.parts.copied.dataset.testid = 'kv-copies'
   }
 

@@ -83,9 +83,11 @@ class Trunk {
     this.model = model
     this.name = el('span', { class: 'kv-name' })
     this.size = el('span', { class: 'kv-quiet' })
-    this.times = el('span', { class: 'kv-times' })
+    this.times = el('b')
+    this.noun = el('span', { class: 'kv-wide' })
     this.chips = new Chips(model)
-    const head = el('div', { class: 'kv-row-head' }, [term('System prompt', 'trunk'), this.name, this.size, this.times])
+    const times = el('span', { class: 'kv-times' }, [this.times, this.noun])
+    const head = el('div', { class: 'kv-row-head' }, [term('System prompt', 'trunk'), this.name, this.size, times])
     this.root = el('div', { class: 'kv-trunk', dataset: { testid: 'kv-system' } }, [head, this.chips.root])
     this.root.view = this
   }
@@ -95,7 +97,8 @@ class Trunk {
     setData(this.root, { sharers, name: system.name })
     setText(this.name, this.model.system.size > 1 || system.name !== 'default' ? short(system.name) : '')
     setText(this.size, `${plural(system.tokens, 'token')} in ${plural(system.table.length, 'block')}`)
-    setText(this.times, `×${count(sharers)} ${sharers === 1 ? 'session' : 'sessions'}`)
+    setText(this.times, `×${count(sharers)}`)
+    setText(this.noun, sharers === 1 ? ' session' : ' sessions')
     this.chips.update(system.table, system.tokens)
   }
 }
@@ -107,11 +110,13 @@ class Chips {
     this.root = el('div', { class: 'kv-chips' })
   }
 
-  update(table, tokens) {
+  /** `copied`: the logical block that is a copy of the trunk's, or -1. */
+  update(table, tokens, copied = -1) {
     const items = table.map((block, logical) => ({ block, logical }))
     reconcile(this.root, items, (item) => item.logical, newChip, (node, { block, logical }) => {
       const held = Math.min(this.model.blockSize, tokens - logical * this.model.blockSize)
       updateChip(node, this.model, block, logical, Math.max(0, held))
+      node.classList.toggle('kv-copied', logical === copied)
     })
   }
 }
@@ -162,23 +167,28 @@ class OwnTable {
     setData(this.root, { tokens, blocks: table.join(','), state: session.state, sequence: sequence.id })
     setText(this.state, session.state)
     setText(this.size, `${plural(tokens, 'token')} in ${plural(table.length, 'block')}`)
-    setText(this.leaves, leaving(this.model.trunkOf(table), table))
-    this.chips.update(table, tokens)
+    const trunk = this.model.trunkOf(table)
+    const copied = trunk && isCopied(trunk, table) ? trunk.blocks : -1
+    setText(this.leaves, leaving(trunk, table, copied))
+    this.chips.update(table, tokens, copied)
     this.slots.update(table, tokens, this.model.blockSize)
     this.text.update(text)
   }
 }
 
+/** Whether the block after the shared ones is a copy of the trunk's last one, which the prompt only partly fills. */
+function isCopied({ system, blocks }, table) {
+  return blocks === system.table.length - 1 && table.length > blocks
+}
+
 /** Where a table leaves the trunk, as a sentence. */
-function leaving(trunk, table) {
+function leaving(trunk, table, copied) {
   if (!trunk) return 'Shares nothing with a system prompt.'
   const { system, blocks } = trunk
   const all = system.table.length
-  if (blocks < all && table.length > blocks) {
-    const copied = `block ${system.table[blocks]} was copied to ${table[blocks]} when the first own token came`
-    return blocks === all - 1 ? `Shares ${blocks} of ${all} blocks; ${copied}.` : `Shares ${blocks} of ${all} blocks.`
-  }
-  return `Shares all ${plural(all, 'block')} of the system prompt, then goes its own way.`
+  if (blocks === all) return `Shares all ${plural(all, 'block')} of the system prompt.`
+  if (copied < 0) return `Shares ${blocks} of ${all} blocks of the system prompt.`
+  return `Shares ${blocks} of ${all} blocks. Block ${system.table[copied]} ends inside, so writing on copied it: ${system.table[copied]} → ${table[copied]}.`
 }
 
 /** The last block, one square a slot. */
@@ -207,9 +217,14 @@ class TokenStrip {
   constructor(model, select) {
     this.model = model
     this.select = select
-    this.earlier = el('p', { class: 'kv-quiet' })
-    this.text = el('div', { class: 'kv-tokens', tabIndex: 0, 'aria-label': 'Your text, by blocks' })
-    this.root = el('div', { class: 'kv-text' }, [el('div', {}, [term('Your text in these blocks', 'tokens')]), this.earlier, this.text])
+    this.earlier = el('span', { class: 'kv-quiet' })
+    this.text = el('div', { class: 'kv-tokens', tabIndex: 0, role: 'region', 'aria-label': 'Your text, by blocks' })
+    this._follow = true // stay at the newest token, unless the reader scrolled away from it
+    this.text.addEventListener('scroll', () => {
+      this._follow = this.text.scrollTop + this.text.clientHeight >= this.text.scrollHeight - 8
+    })
+    const head = el('div', { class: 'kv-row-head' }, [term('Your text in these blocks', 'tokens'), this.earlier])
+    this.root = el('div', { class: 'kv-text' }, [head, this.text])
   }
 
   update(tokens) {
@@ -219,11 +234,9 @@ class TokenStrip {
     const groups = byBlock(tokens)
     const shown = groups.slice(-TOKEN_BLOCKS)
     const left = groups.length - shown.length
-    setText(this.earlier, left ? `${plural(left, 'earlier block')} not shown.` : '')
-    this.earlier.hidden = !left
-    const atEnd = this.text.scrollTop + this.text.clientHeight >= this.text.scrollHeight - 8
+    setText(this.earlier, left ? `${plural(left, 'earlier block')} not shown` : '')
     reconcile(this.text, shown, (group) => group.logical, newTokenGroup, (node, group) => updateTokenGroup(node, group, this.model))
-    if (atEnd) this.text.scrollTop = this.text.scrollHeight
+    if (this._follow) this.text.scrollTop = this.text.scrollHeight
   }
 }
 

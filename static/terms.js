@@ -9,7 +9,6 @@ export const TERMS = {
   pool: 'All blocks there are. Every cell is one block, by its number; how high it is filled shows how many slots hold a token.',
   free: 'Holds nothing. The next session that needs room takes one of these.',
   idle: 'Held by nobody, but its content is kept: whoever sends the same text finds it again. Evicted when room is needed, least recently used first.',
-  used: 'In at least one block table, or pinned.',
   private: 'In exactly one block table. Only its holder reads and writes it.',
   system: 'Part of the system prompt: computed once at start, pinned, and read by every session. ×n tells how many tables hold it.',
   shared: 'In two or more block tables (reference count 2 or more), outside the system prompt. Nobody may write it; whoever wants to gets a copy first.',

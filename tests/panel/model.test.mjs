@@ -93,12 +93,17 @@ test('a delta is taken once, and never after a hole', () => {
   assert.equal(model.seq, events[7].seq)
 })
 
-test('where the viewer sees everything, a delta that leaves an event out is a gap', () => {
-  const delta = { seq: [events[0].seq, events[3].seq], events: events.slice(0, 3) }
-  assert.throws(() => loaded(empty).applyDelta(delta), Gap)
-  const narrow = loaded({ ...empty, scope: 'self' })
-  narrow.applyDelta(delta)
-  assert.equal(narrow.seq, events[3].seq)
+test('a delta that leaves an event out is a gap', () => {
+  const delta = (...which) => ({ seq: [events[0].seq, events[3].seq], events: which.map((i) => events[i]) })
+  assert.throws(() => loaded(empty).applyDelta(delta(0, 1, 2)), Gap)
+  assert.throws(() => loaded(empty).applyDelta(delta(0, 2, 3)), Gap)
+})
+
+test('a delta that begins before what is known adds only the rest', () => {
+  const model = loaded(empty)
+  for (const event of events.slice(0, 3)) model.apply(event)
+  model.applyDelta({ seq: [events[1].seq, events[5].seq], events: events.slice(1, 6) })
+  assert.equal(model.seq, events[5].seq)
 })
 
 test('an event that names what is not there is a gap', () => {

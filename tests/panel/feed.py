@@ -1,0 +1,280 @@
+"""Serve the panel on a pool that is real and visitors that are not: `python tests/panel/feed.py --port 7870`.
+
+For work on the panel without a model. The page at /panel/?me shows the first visitor as the viewer.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from chatpage.cache.pool import BlockPool, PoolFull
+from chatpage.cache.table import BlockTable
+from chatpage.events import Event, EventLog, Snapshot
+
+SYSTEM_TEXT = (
+    "<|system|>\nYou are ChatPage, a small assistant that explains paged attention . You answer in short , "
+    "plain sentences , and you say so when you do not know something . The page beside you shows your own memory : "
+    "the KV cache , cut into blocks . Point at a block to see who reads it . Every visitor of this page shares the "
+    "blocks of this text , which were computed once , when the server started . <|end|>\n"
+)
+QUESTIONS = [
+    "What is a block table ?",
+    "Why is one reservation for each sequence a waste of memory ?",
+    "When does copy-on-write happen ?",
+    "What does the number on a shared block mean ?",
+]
+ANSWERS = [
+    "A block table maps the logical blocks of a sequence to physical blocks of the pool . Logical block 0 holds the "
+    "first tokens , block 1 the next ones , and so on . The physical blocks may lie anywhere , so memory is taken one "
+    "block at a time , when it is needed , and nothing has to be reserved in advance .",
+    "Nobody knows how long an answer will be . A contiguous cache has to reserve room for the longest one . Most "
+    "answers are short , so most of that room is never written , and nobody else can use it meanwhile .",
+    "When a sequence wants to write into a block that others read as well . It gets a copy of this one block first , "
+    "and writes there . The others go on reading the old one .",
+]
+TOKEN = "viewer"
+
+
+class Words:
+    """A toy tokenizer: a token is a word with the space before it."""
+
+    def __init__(self) -> None:
+        self.ids: dict[str, int] = {}
+        self.texts: list[str] = []
+
+    def encode(self, text: str) -> list[int]:
+        pieces = [piece for word in text.split(" ") for piece in (" " + word).split("\n") if piece]
+        return [self._id(piece) for piece in pieces]
+
+    def _id(self, piece: str) -> int:
+        if piece not in self.ids:
+            self.ids[piece] = len(self.texts)
+            self.texts.append(piece)
+        return self.ids[piece]
+
+
+class Visitor:
+    def __init__(self, house: "House", session: int) -> None:
+        self.house, self.session = house, session
+        self.table = BlockTable(house.pool, session, f"session {session}", len(house.system))
+        self.tokens: list[int] = list(house.system)
+        self.answer: list[int] = []
+        self.wait = 0
+        self.turns = house.random.randrange(1, 5)
+        self.state("queued", "arrival")
+
+    def state(self, state: str, reason: str) -> None:
+        self.house.log.emit("state", reason, sequence=self.session, session=self.session, state=state)
+
+    def step(self) -> bool:
+        """One step of this visitor. False: it left."""
+        if self.wait:
+            self.wait -= 1
+        elif self.answer:
+            self.take([self.answer.pop(0)])
+            if not self.answer:
+                self.rest()
+        elif self.turns:
+            self.turns -= 1
+            self.say()
+        else:
+            self.leave()
+            return False
+        return True
+
+    def say(self) -> None:
+        words, chance = self.house.words, self.house.random
+        self.state("prefill", "turn")
+        said = words.encode(f"<|user|>\n{chance.choice(QUESTIONS)} <|assistant|>\n")
+        if not self.table.blocks:
+            self.table.find(self.tokens)
+        self.take(said)
+        self.state("decode", "prompt is read")
+        self.answer = words.encode(chance.choice(ANSWERS))
+
+    def take(self, tokens: list[int]) -> None:
+        self.tokens += tokens
+        try:
+            self.table.append(len(self.tokens) - self.table.length)
+        except PoolFull:
+            del self.tokens[-len(tokens) :]
+            self.answer = []
+            self.house.log.emit("preempt", "pool is full", sequence=self.session, session=self.session)
+            self.table.release("preempted")
+            return
+        self.table.publish(self.tokens, self.table.length)
+
+    def rest(self) -> None:
+        self.table.publish(self.tokens, self.table.length, tail=True)
+        self.state("resting", "turn ended")
+        self.wait = self.house.random.randrange(20, 200)
+
+    def leave(self) -> None:
+        self.table.release("session ended")
+        self.house.log.emit("end", "session ended", sequence=self.session)
+
+
+class House:
+    """The pool, its visitors, and everybody who watches."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.random = random.Random(options.seed)
+        self.words = Words()
+        self.system = self.words.encode(SYSTEM_TEXT)
+        self.start()
+
+    def start(self) -> None:
+        self.log = EventLog()
+        size, blocks = self.options.block_size, self.options.blocks
+        self.pool = BlockPool(blocks, size, self.log)
+        self.mirror = Snapshot.empty(
+            self.log, block_size=size, num_blocks=blocks, bytes_per_block=size * 28_672, max_model_len=4096
+        )
+        self.fresh: list[Event] = []
+        self.log.listeners += [self.mirror.apply, self.fresh.append]
+        self.viewers: set[asyncio.Queue[str]] = set()
+        self.visitors: list[Visitor] = []
+        self.next = 1
+        self._pin_system()
+
+    def _pin_system(self) -> None:
+        self.log.emit("state", "start", sequence=0, session=0, state="prefill")
+        table = BlockTable(self.pool, 0, "system", len(self.system))
+        table.append(len(self.system))
+        table.publish(self.system, len(self.system), tail=True)
+        for logical, block in enumerate(table.blocks):
+            self.pool.pin(block, logical=logical, at=len(self.system), name="default")
+        table.release("prefilled")
+        self.log.emit("end", "prefilled", sequence=0)
+
+    def arrive(self) -> None:
+        self.visitors.append(Visitor(self, self.next))
+        self.visitors[-1].turns += 1000 * (self.next == 1)
+        self.next += 1
+
+    def step(self) -> None:
+        if len(self.visitors) < self.options.sessions and self.random.random() < 0.3:
+            self.arrive()
+        self.visitors = [visitor for visitor in self.visitors if visitor.step()]
+        if self.random.random() < 0.002 and len(self.visitors) > 1:
+            self.visitors.pop(self.random.randrange(1, len(self.visitors))).leave()
+        self.tell()
+
+    def tell(self) -> None:
+        if not self.fresh:
+            return
+        body = {
+            "seq": [self.fresh[0].seq, self.fresh[-1].seq],
+            "time": 0,
+            "events": [event.to_json() for event in self.fresh],
+        }
+        message = self.message("delta", body)
+        self.fresh.clear()
+        for queue in self.viewers:
+            queue.put_nowait(message)
+
+    def message(self, kind: str, body: dict[str, Any]) -> str:
+        return f"id: {self.log.epoch}-{self.log.seq}\nevent: {kind}\ndata: {json.dumps(body)}\n\n"
+
+    async def run(self) -> None:
+        for _ in range(self.options.skip):
+            self.step()
+        while True:
+            self.step()
+            await asyncio.sleep(1 / self.options.speed)
+
+    async def events(self, request: Request) -> Response:
+        async def stream() -> AsyncIterator[str]:
+            queue: asyncio.Queue[str] = asyncio.Queue()
+            self.viewers.add(queue)
+            try:
+                yield self.message("snapshot", self.mirror.to_json(scope="full", sharing="all"))
+                while True:
+                    yield await queue.get()
+            finally:
+                self.viewers.discard(queue)
+
+        return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    async def me(self, request: Request) -> Response:
+        if request.headers.get("Authorization") != f"Bearer {TOKEN}" or not self.visitors:
+            return JSONResponse({"error": {"message": "unknown view token"}}, 401)
+        mine, size = self.visitors[0], self.options.block_size
+        shown = mine.tokens[: mine.table.length]
+        tokens = [
+            {"text": self.words.texts[token], "block": mine.table.blocks[i // size], "slot": i % size}
+            for i, token in enumerate(shown)
+        ]
+        return JSONResponse({"session": mine.session, "sequences": [{"id": mine.session, "tokens": tokens}]})
+
+    async def snapshot(self, request: Request) -> Response:
+        return JSONResponse(self.mirror.to_json(scope="full", sharing="all"))
+
+    async def restart(self, request: Request) -> Response:
+        self.start()
+        return JSONResponse({"epoch": self.log.epoch})
+
+
+def page(request: Request) -> Response:
+    """The panel in a column as wide as beside a chat, `?n=2` times."""
+    viewer = f'window.chatpageViewer = {{token: "{TOKEN}", session: 1}}' if "me" in request.query_params else ""
+    columns = int(request.query_params.get("n", 1))
+    return HTMLResponse(
+        "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        "<meta name=color-scheme content='light dark'><title>panel</title><link rel=icon href='data:,'>"
+        f"<body style='margin:16px;display:flex;gap:16px;flex-wrap:wrap'>{'<div class=root></div>' * columns}"
+        "<style>.root{width:min(600px,100%)}</style>"
+        f"<script>{viewer}</script><script type=module>import {{mount}} from './panel/panel.js';"
+        "document.querySelectorAll('.root').forEach(e => mount(e))</script>"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, default in {
+        "port": 7870,
+        "blocks": 256,
+        "block-size": 16,
+        "sessions": 6,
+        "speed": 20,
+        "skip": 0,
+        "seed": 1,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    house = House(options)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        task = asyncio.create_task(house.run())
+        yield
+        task.cancel()
+
+    static = Path(__file__).parents[2] / "static"
+    routes = [
+        Route("/", page),
+        Route("/kv/events", house.events),
+        Route("/kv/me", house.me),
+        Route("/kv/snapshot", house.snapshot),
+        Route("/restart", house.restart),
+        Mount("/panel", StaticFiles(directory=static, html=True)),
+    ]
+    app = Starlette(routes=routes, lifespan=lifespan)
+    uvicorn.run(app, port=options.port, log_level="warning", timeout_graceful_shutdown=1)
+
+
+if __name__ == "__main__":
+    main()
