@@ -1,0 +1,254 @@
+"""What a client asks of `/v1/chat/completions`, read strictly: what we cannot do is refused, not ignored in silence."""
+
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from chatpage.errors import RequestError
+from chatpage.schedule.params import SamplingParams
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGES = 1024
+NEARLY_GREEDY = 0.01  # below this temperature the likeliest token wins anyway, and dividing by it overflows
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+# Fields that would change the answer and that this version does not obey, with the values that ask for nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "logprobs": (False,),
+    "top_logprobs": (),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "use_beam_search": (False,),
+    "beam_width": (1,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "ignore_eos": (False,),
+    "echo": (False,),
+    "add_generation_prompt": (True,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "cache_salt": (),
+    "request_id": (),
+    "priority": (0,),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+}
+USED = {
+    "messages",
+    "model",
+    "stream",
+    "stream_options",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "stop",
+    "max_tokens",
+    "max_completion_tokens",
+}
+# OpenAI's fields that change nothing about the answer.
+HARMLESS = {
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """One request, checked. `model` is None where the client leaves the choice to us."""
+
+    messages: list[dict[str, str]]
+    params: SamplingParams
+    model: str | None
+    stream: bool
+    include_usage: bool
+
+
+def parse(body: bytes) -> ChatRequest:
+    """Read a request's body.
+
+    Raises:
+        RequestError: it is not what the API asks for; `param` and `code` say where and why.
+    """
+    fields = _json_object(body)
+    _refuse_unsupported(fields)
+    stream = _boolean(fields, "stream", "stream")
+    return ChatRequest(
+        messages=_messages(fields.get("messages")),
+        params=_params(fields),
+        model=_model(fields),
+        stream=stream,
+        include_usage=_include_usage(fields.get("stream_options"), stream),
+    )
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(body.decode("utf-8"))
+    except RecursionError:
+        raise RequestError("The body is nested too deeply.", code="invalid_json") from None
+    except UnicodeDecodeError:
+        raise RequestError("The body is not UTF-8.", code="invalid_json") from None
+    except ValueError as error:  # malformed, or a number of thousands of digits
+        where = f" (at character {error.pos})" if isinstance(error, json.JSONDecodeError) else ""
+        raise RequestError(f"The body is not valid JSON{where}.", code="invalid_json") from None
+    if not isinstance(fields, dict):
+        raise RequestError("The body must be a JSON object.", code="invalid_json")
+    return fields
+
+
+def _refuse_unsupported(fields: dict[str, Any]) -> None:
+    for name, value in fields.items():
+        if name in UNSUPPORTED:
+            if value is not None and not any(_same(value, harmless) for harmless in UNSUPPORTED[name]):
+                raise RequestError(
+                    f"{name} is not supported by this server; leave it out.", param=name, code="unsupported_parameter"
+                )
+        elif name not in USED and name not in HARMLESS:
+            _warn_once()
+
+
+def _same(value: Any, harmless: Any) -> bool:
+    """Equal, where 1 is not True."""
+    return value == harmless and isinstance(value, bool) == isinstance(harmless, bool)
+
+
+_warned = False
+
+
+def _warn_once() -> None:
+    """Once in the process, and without the client's words: neither a flood nor a forged line can come of it."""
+    global _warned
+    if not _warned:
+        log.warning("A request to /v1 has fields that this server does not know; such fields are ignored.")
+        _warned = True
+
+
+def _messages(value: Any) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise RequestError("messages must be a list of at least one message.", param="messages")
+    if len(value) > MAX_MESSAGES:
+        raise RequestError(f"messages has {len(value)} entries; at most {MAX_MESSAGES} are allowed.", param="messages")
+    return [_message(message, f"messages[{i}]") for i, message in enumerate(value)]
+
+
+def _message(message: Any, where: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise RequestError(f"{where} must be an object with a role and a content.", param=where)
+    role = message.get("role")
+    if role not in ROLES:
+        raise RequestError(f"{where}.role must be one of {', '.join(ROLES[:-1])}.", param=f"{where}.role")
+    for field in ("tool_calls", "function_call", "tool_call_id"):
+        if role == "tool" or message.get(field):
+            raise RequestError(
+                "Tools are not supported by this server.", param=f"{where}.role", code="unsupported_parameter"
+            )
+    content = _content(message.get("content"), f"{where}.content")
+    return {"role": "system" if role == "developer" else role, "content": content}
+
+
+def _content(value: Any, where: str) -> str:
+    """Text, from a string or from a list of text parts."""
+    if isinstance(value, list) and value:
+        return "".join(_part(part, f"{where}[{i}]") for i, part in enumerate(value))
+    return _text(value, where)
+
+
+def _part(part: Any, where: str) -> str:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        raise RequestError(f"{where} must be an object with a type.", param=where)
+    if part["type"] != "text":
+        raise RequestError(
+            f"{where} is not text; this server reads only text.", param=where, code="unsupported_content"
+        )
+    return _text(part.get("text"), f"{where}.text")
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{where} must be a string.", param=where)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{where} holds half of a surrogate pair, which is not text.", param=where) from None
+    return value
+
+
+def _model(fields: dict[str, Any]) -> str | None:
+    value = fields.get("model")
+    return None if value is None else _text(value, "model")
+
+
+def _params(fields: dict[str, Any]) -> SamplingParams:
+    """`SamplingParams` checks ranges; what OpenAI calls by other names is translated here."""
+    given = {name: fields[name] for name in ("temperature", "top_p", "top_k", "seed") if fields.get(name) is not None}
+    if given.get("top_k") == -1 and not isinstance(given["top_k"], bool):
+        given["top_k"] = 0  # the other way to say: all of them
+    params = SamplingParams(**given, max_tokens=_max_tokens(fields), stop=_stop(fields.get("stop")))
+    if 0 < params.temperature < NEARLY_GREEDY:
+        return SamplingParams(**{**given, "temperature": 0}, max_tokens=params.max_tokens, stop=params.stop)
+    return params
+
+
+def _max_tokens(fields: dict[str, Any]) -> Any:
+    old, new = fields.get("max_tokens"), fields.get("max_completion_tokens")
+    if old is not None and new is not None and (type(old), old) != (type(new), new):
+        raise RequestError("max_tokens and max_completion_tokens differ; send one of them.", param="max_tokens")
+    return old if new is None else new
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list):
+        raise RequestError("stop must be a string or a list of strings.", param="stop")
+    return tuple(_text(text, "stop") for text in strings)
+
+
+def _include_usage(options: Any, stream: bool) -> bool:
+    if options is None:
+        return False
+    if not stream:
+        raise RequestError("stream_options is only allowed with stream: true.", param="stream_options")
+    if not isinstance(options, dict):
+        raise RequestError("stream_options must be an object.", param="stream_options")
+    return _boolean(options, "include_usage", "stream_options.include_usage")
+
+
+def _boolean(fields: dict[str, Any], name: str, where: str) -> bool:
+    value = fields.get(name)
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise RequestError(f"{where} must be true or false.", param=where)
+    return value

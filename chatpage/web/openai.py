@@ -1,0 +1,272 @@
+"""`/v1`: the chat API in OpenAI's shapes."""
+
+import asyncio
+import hmac
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from chatpage.engine import Engine
+from chatpage.errors import Unavailable
+from chatpage.schedule.request import Delta, Prompt, Request
+from chatpage.settings import Settings
+from chatpage.stream import Stream
+from chatpage.web.chat_request import ChatRequest, parse
+from chatpage.web.errors import Refusal, as_refusal, error_body
+
+log = logging.getLogger(__name__)
+
+SESSION_HEADER = "X-ChatPage-Session"
+PING_SECONDS = 15
+STOP_SECONDS = 2  # for a stream to say good-bye when the server stops
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What all chunks of one answer have in common, and the bodies made from it."""
+
+    model: str
+    include_usage: bool
+    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return self._chunk([choice], {"usage": None} if self.include_usage else {})
+
+    def usage_chunk(self, last: Delta) -> bytes:
+        return self._chunk([], {"usage": usage(last)})
+
+    def whole(self, total: Delta) -> dict[str, Any]:
+        """The body of an answer that is not streamed, from all its deltas as one."""
+        message = {"role": "assistant", "content": total.text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": total.finish_reason}
+        return {**self._head("chat.completion"), "choices": [choice], "usage": usage(total)}
+
+    def _chunk(self, choices: list[dict[str, Any]], more: dict[str, Any]) -> bytes:
+        return sse({**self._head("chat.completion.chunk"), "choices": choices, **more})
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+class StreamedAnswer(Response):
+    """An answer as server-sent events. However the response ends, `finish` is called.
+
+    A generator's `finally` would not do: where the client leaves before the first byte, the generator never starts.
+    The stream has `data:` and comments only; other fields of SSE, `id:` among them, break OpenAI's client.
+    """
+
+    def __init__(
+        self,
+        chunks: AsyncIterator[bytes],
+        headers: dict[str, str],
+        *,
+        stop: Callable[[], None],
+        finish: Callable[[], None],
+    ) -> None:
+        self._stop, self._finish = stop, finish
+        self._stopping = anyio.Event()
+        self._response = EventSourceResponse(
+            chunks,
+            headers=headers,
+            ping=PING_SECONDS,
+            ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
+            shutdown_event=self._stopping,
+            shutdown_grace_period=STOP_SECONDS,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watch = asyncio.create_task(self._stop_with_server())
+        try:
+            await self._response(scope, receive, send)
+        finally:
+            watch.cancel()
+            self._finish()
+
+    async def _stop_with_server(self) -> None:
+        await self._stopping.wait()
+        self._stop()
+
+
+class Api:
+    """The routes below /v1, for one engine."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self.engine = engine
+        self.api_key = settings.api_key
+        self.busy: set[str] = set()  # sessions with a turn that runs
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/chat/completions", self.chat, methods=["POST"]),
+            Route("/models", self.models, methods=["GET"]),
+            Route("/models/{name:path}", self.model, methods=["GET"]),
+        ]
+
+    # -- /v1/models -----------------------------------------------------------------------------------------------
+
+    async def models(self, request: HttpRequest) -> Response:
+        self._check_access(request)
+        return JSONResponse({"object": "list", "data": [self._model_card()]})
+
+    async def model(self, request: HttpRequest) -> Response:
+        self._check_access(request)
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._model_card())
+
+    def _model_card(self) -> dict[str, Any]:
+        return {"id": self.engine.model_name, "object": "model", "created": 0, "owned_by": "chatpage"}
+
+    # -- /v1/chat/completions -------------------------------------------------------------------------------------
+
+    async def chat(self, request: HttpRequest) -> Response:
+        self._check_access(request)
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise Refusal(415, "The Content-Type must be application/json.", code="unsupported_media_type")
+        body = await request.body()
+        # Reading a megabyte of JSON, rendering and tokenising take long enough for others to notice.
+        asked, prompt = await asyncio.to_thread(self._read, body)
+        with self._opened_session(request) as session:
+            stream, finish = self._submit(prompt, asked, session)
+        answer = Answer(self.engine.model_name, asked.include_usage)
+        headers = {SESSION_HEADER: session} if session else {}
+        if asked.stream:
+            chunks = self._chunks(stream, answer)
+            return StreamedAnswer(chunks, headers, stop=stream.cancel, finish=finish)
+        try:
+            return await self._whole(request, stream, answer, headers)
+        finally:
+            finish()
+
+    def _check_access(self, request: HttpRequest) -> None:
+        if not is_authorized(request, self.api_key):
+            raise Refusal(401, "The API key is missing or wrong.", code="invalid_api_key")
+        if self.engine.status != "ready":
+            raise Unavailable(f"{self.engine.detail}; please try again in a moment.")
+
+    def _check_model(self, name: str) -> None:
+        if name != self.engine.model_name:
+            raise Refusal(
+                404, f"This server has only the model {self.engine.model_name}.", param="model", code="model_not_found"
+            )
+
+    def _read(self, body: bytes) -> tuple[ChatRequest, Prompt]:
+        asked = parse(body)
+        if asked.model is not None:
+            self._check_model(asked.model)
+        return asked, self.engine.prompt(asked.messages)
+
+    @contextmanager
+    def _opened_session(self, request: HttpRequest) -> Iterator[str | None]:
+        """The key of the session that the request names, or of a new one where we do not know that name.
+
+        None where the header is missing: the request has no session. A new session that the request is then refused
+        for is closed again.
+        """
+        key = request.headers.get(SESSION_HEADER)
+        if key is None:
+            yield None
+        elif self.engine.has_session(key):
+            yield key
+        else:
+            key = self.engine.open_session().key
+            try:
+                yield key
+            except BaseException:
+                self.engine.close_session(key)
+                raise
+
+    def _submit(self, prompt: Prompt, asked: ChatRequest, session: str | None) -> tuple[Stream, Callable[[], None]]:
+        """Start the request. Returns its stream, and what must be called at its end, whatever that is."""
+        if session in self.busy:
+            raise Refusal(409, "This session has a turn that is still running; wait for it.", code="session_busy")
+        stream = self.engine.stream(Request(prompt, asked.params, session=session, owner=self.api_key))
+        if session is not None:
+            self.busy.add(session)
+
+        def finish() -> None:
+            stream.cancel()
+            self.busy.discard(session or "")
+
+        return stream, finish
+
+    async def _chunks(self, stream: Stream, answer: Answer) -> AsyncIterator[bytes]:
+        """The events of a streamed answer: a role, text as it comes, one ending or one error, and `[DONE]`."""
+        yield answer.chunk({"role": "assistant", "content": ""})
+        try:
+            async for delta in stream:
+                if delta.text:
+                    yield answer.chunk({"content": delta.text})
+                if delta.state == "done":
+                    self._raise_if_failed(delta)
+                    yield answer.chunk({}, delta.finish_reason)
+                    if answer.include_usage:
+                        yield answer.usage_chunk(delta)
+        except Exception as error:
+            refusal = as_refusal(error)
+            if not isinstance(error, Refusal):
+                log.exception("A streamed answer failed")
+            yield sse(error_body(refusal.status_code, refusal.detail, code=refusal.code))
+        yield DONE
+
+    async def _whole(self, request: HttpRequest, stream: Stream, answer: Answer, headers: dict[str, str]) -> Response:
+        watch = asyncio.create_task(_cancel_when_client_leaves(request, stream))
+        try:
+            total = Delta("queued")
+            async for delta in stream:
+                total = total.then(delta)
+        finally:
+            watch.cancel()
+        self._raise_if_failed(total)
+        return JSONResponse(answer.whole(total), headers=headers)
+
+    def _raise_if_failed(self, last: Delta) -> None:
+        if last.finish_reason == "error":
+            raise Refusal(500, last.error or "The answer failed.", code="generation_failed")
+        if last.finish_reason == "abort":
+            why = "the session was closed" if self.engine.status == "ready" else "the server is stopping"
+            raise Refusal(503, f"The answer was stopped: {why}.", code="service_unavailable")
+
+
+def is_authorized(request: HttpRequest, api_key: str | None) -> bool:
+    """Whether the request brings the key, if one is asked for. Takes as long for any wrong key."""
+    return api_key is None or hmac.compare_digest(bearer(request).encode(), api_key.encode())
+
+
+def bearer(request: HttpRequest) -> str:
+    """The token of `Authorization: Bearer …`, or an empty string."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def usage(last: Delta) -> dict[str, Any]:
+    return {
+        "prompt_tokens": last.prompt_tokens,
+        "completion_tokens": last.completion_tokens,
+        "total_tokens": last.prompt_tokens + last.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": last.cached_tokens},
+    }
+
+
+def sse(body: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def _cancel_when_client_leaves(request: HttpRequest, stream: Stream) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    stream.cancel()
