@@ -5,7 +5,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP_INSTALL := $(PY) -m pip --disable-pip-version-check install
+# --no-compile: of thousands of modules few are ever imported, and those are compiled then.
+PIP_INSTALL := $(PY) -m pip --disable-pip-version-check install --no-compile
 
 .PHONY: chat test lint format chromium
 .NOTPARALLEL:

@@ -1,10 +1,15 @@
 """What the repository promises as a whole: what it needs, what its wheel carries, and what importing it loads."""
 
+import contextlib
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 import tomllib
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -68,14 +73,36 @@ def test_every_package_is_in_the_wheel(wheel):
     assert not any(name.startswith(("tests", "static", "benchmarks", "kernels")) for name in files(wheel))
 
 
-@pytest.mark.parametrize("where", ["checkout", "wheel"])
-def test_the_panel_is_found(where, wheel, tmp_path):
-    code = "from chatpage.assets import static_dir; print((static_dir() / 'panel.js').resolve())"
-    place = ROOT if where == "checkout" else wheel
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(place)}, capture_output=True, text=True
-    )
-    assert found.stdout.strip() == str(place / ("static" if where == "checkout" else "chatpage/static") / "panel.js")
+def test_an_installed_wheel_serves_page_and_panel_from_an_empty_folder(wheel, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    serve = [sys.executable, "-c", "import sys; from chatpage.cli import main; sys.exit(main())", "serve"]
+    environment = {**os.environ, "PYTHONPATH": str(wheel)}
+    with subprocess.Popen([*serve, "--port", str(port)], cwd=tmp_path, env=environment) as server:
+        try:
+            wait_until_ready(server, f"{url}/readyz")
+            assert get(f"{url}/panel/panel.js") == (wheel / "chatpage/static/panel.js").read_bytes()
+            assert b"<gradio-app" in get(f"{url}/") or b"window.gradio_config" in get(f"{url}/")
+        finally:
+            server.terminate()
+        assert server.wait(timeout=10) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def wait_until_ready(server: subprocess.Popen, url: str) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end and server.poll() is None:
+        with contextlib.suppress(OSError):  # not listening yet, or 503
+            get(url)
+            return
+        time.sleep(0.2)
+    pytest.fail(f"the server did not become ready (exit status {server.poll()})")
+
+
+def get(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=10) as response:
+        return response.read()
 
 
 def test_the_lower_layers_load_neither_torch_nor_gradio():
