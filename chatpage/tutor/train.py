@@ -1,0 +1,209 @@
+"""Trains the bundled model from scratch: `python -m chatpage.tutor.train --out DIR`.
+
+About a minute on a large GPU, some hours on a CPU. The seed fixes the lessons, their order and the first weights; on
+one machine a second run gives the same losses up to the rounding of the GPU's kernels.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from chatpage.tutor import FACTS_FILE, texts, tokenizer
+from chatpage.tutor.lessons import Teacher
+
+CONTEXT = 1024
+SHORT = 256
+"""Tokens of a short row: a first question and what follows it. A long row fills the whole context with turns."""
+LONG_EVERY = 4
+IGNORE = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One training run. A step takes `rows` short rows, or a quarter of that many long ones: the same tokens."""
+
+    steps: int
+    rows: int
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.1
+    warmup: int = 100
+    seed: int = 1
+    lessons: int = 65536
+    """Different short rows at most; long ones a sixteenth of them. Longer runs see them again in another order."""
+
+    @property
+    def long_rows(self) -> int:
+        return max(1, self.rows * SHORT // CONTEXT)
+
+    def rate(self, step: int) -> float:
+        """The factor of the learning rate: a linear warm-up, then a cosine down to a twentieth."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def config() -> LlamaConfig:
+    """A Llama of 1.97 million parameters, below 4 MB in bfloat16; three query heads share a key-value head."""
+    return LlamaConfig(
+        vocab_size=tokenizer.VOCAB_SIZE,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.END,
+        pad_token_id=tokenizer.PAD,
+    )
+
+
+@dataclass(slots=True)
+class Rows:
+    """Training rows of one length, drawn in a fixed order that is shuffled anew for each pass."""
+
+    tokens: torch.Tensor
+    """int16 [rows, length], on the device."""
+    labels: torch.Tensor
+    """int16 [rows, length]: the tokens of answers and of their ends, IGNORE elsewhere."""
+
+    def batches(self, size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Endless batches of tokens and labels, int64 [size, length]."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.empty(0, dtype=torch.int64)
+        while True:
+            while len(order) < size:
+                order = torch.cat([order, torch.randperm(len(self.tokens), generator=generator)])
+            chosen, order = order[:size].to(self.tokens.device), order[size:]
+            yield self.tokens[chosen].long(), self.labels[chosen].long()
+
+
+def make_rows(teacher: Teacher, coder: PreTrainedTokenizerFast, count: int, length: int, device: torch.device) -> Rows:
+    """That many conversations, cut to `length` tokens and filled up with padding."""
+    chats = [tokenizer.render(teacher.conversation(turns(teacher, length))) for _ in range(count)]
+    tokens = np.full((count, length), tokenizer.PAD, dtype=np.int16)
+    for row, encoding in zip(tokens, coder.backend_tokenizer.encode_batch(chats), strict=True):
+        ids = encoding.ids[:length]
+        row[: len(ids)] = ids
+    labels = np.where(answered(tokens), tokens, np.int16(IGNORE))
+    return Rows(torch.from_numpy(tokens).to(device), torch.from_numpy(labels).to(device))
+
+
+def turns(teacher: Teacher, length: int) -> int:
+    """How many turns: a short row begins a chat, a long one is filled."""
+    return teacher.rng.randint(1, 4) if length == SHORT else 24
+
+
+def answered(tokens: np.ndarray) -> np.ndarray:
+    """bool [rows, length]: the token belongs to an answer, or ends it."""
+    places = np.arange(tokens.shape[1])
+    speaks = np.isin(tokens, (tokenizer.SYSTEM, tokenizer.USER, tokenizer.ASSISTANT))
+    last = np.maximum.accumulate(np.where(speaks, places, 0), axis=1)
+    speaker = np.take_along_axis(tokens, last, axis=1)
+    return (speaker == tokenizer.ASSISTANT) & ~speaks & (tokens != tokenizer.PAD)
+
+
+def optimizer(model: LlamaForCausalLM, plan: Plan, device: torch.device) -> torch.optim.AdamW:
+    """AdamW; norms and other vectors do not decay."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": plan.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda")
+
+
+def answer_loss(model: LlamaForCausalLM, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the answers' tokens, in nats."""
+    with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=tokens.device.type == "cuda"):
+        logits = model(input_ids=tokens, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
+
+
+def fit(model: LlamaForCausalLM, short: Rows, long: Rows, plan: Plan) -> list[float]:
+    """Trains in place; returns and prints the mean loss of every hundred steps."""
+    device = short.tokens.device
+    adam = optimizer(model, plan, device)
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, plan.rate)
+    short_batches, long_batches = short.batches(plan.rows, plan.seed), long.batches(plan.long_rows, plan.seed)
+    losses, total, counted = [], torch.zeros((), device=device), 0
+    model.train()
+    for step in range(1, plan.steps + 1):
+        loss = answer_loss(model, *next(long_batches if step % LONG_EVERY == 0 else short_batches))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        schedule.step()
+        adam.zero_grad()
+        total, counted = total + loss.detach(), counted + 1
+        if step % 100 == 0 or step == plan.steps:
+            losses.append(round(total.item() / counted, 4))
+            print(f"step {step:5d}  loss {losses[-1]:.4f}", flush=True)
+            total, counted = torch.zeros((), device=device), 0
+    return losses
+
+
+def save(model: LlamaForCausalLM, coder: PreTrainedTokenizerFast, out: Path, facts: dict) -> None:
+    """Writes the folder that `transformers` and the page load: weights in bfloat16, tokenizer, configs, facts."""
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=tokenizer.END, pad_token_id=tokenizer.PAD)
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(out)
+    coder.save_pretrained(out)
+    (out / FACTS_FILE).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def train(out: Path, plan: Plan, device: torch.device) -> None:
+    """Corpus to folder: tokenizer, lessons, training, saving."""
+    began = time.monotonic()
+    corpus = texts.load()
+    coder = tokenizer.train(corpus, CONTEXT)
+    teacher = Teacher(corpus, plan.seed)
+    count = min(plan.lessons, plan.steps * plan.rows)
+    short = make_rows(teacher, coder, count, SHORT, device)
+    long = make_rows(teacher, coder, max(1, count // 16), CONTEXT, device)
+    torch.manual_seed(plan.seed)
+    model = LlamaForCausalLM(config())
+    torch.nn.Module.to(model, device)
+    print(f"{count} short and {len(long.tokens)} long lessons made in {time.monotonic() - began:.0f} s", flush=True)
+    losses = fit(model, short, long, plan)
+    seconds = round(time.monotonic() - began)
+    training = {
+        **asdict(plan),
+        "parameters": model.num_parameters(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "seconds": seconds,
+        "losses": losses,
+    }
+    save(model, coder, out, {"default_system_prompt": corpus.systems[0], "training": training})
+    print(f"saved to {out} after {seconds} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m chatpage.tutor.train", description="Train the bundled model.")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--rows", type=int, help="short rows a step: 256 on a GPU, 32 on a CPU")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args()
+    rows = given.rows or (256 if given.device == "cuda" else 32)
+    plan = Plan(given.steps, rows, learning_rate=given.learning_rate, seed=given.seed)
+    train(given.out, plan, torch.device(given.device))
+
+
+if __name__ == "__main__":
+    main()
