@@ -4,7 +4,7 @@ import { Gap } from './model.js'
 
 const FIRST_WAIT = 500, LONGEST_WAIT = 10_000 // ms between attempts
 const SILENCE = 45_000 // ms without a byte, pings included, after which the connection counts as lost
-const ME_INTERVAL = 250 // ms: /kv/me allows four reads a second
+const ME_INTERVAL = 300 // ms: /kv/me allows four reads a second
 
 /** Cuts a text stream into server-sent events: `push` returns the ones that are complete. */
 export class EventStreamParser {
@@ -131,19 +131,21 @@ export class Feed {
       await this._read(response.body, watch, attempt.signal)
       return { detail: 'The server ended the stream', after: 0 }
     } catch (error) {
-      if (error instanceof Gap) {
-        this._lastId = null
-        return { detail: 'Some events were missed: asking for the whole state', after: 0 }
-      }
-      if (signal.aborted || error.name === 'AbortError' || error instanceof TypeError) {
-        return { detail: 'The server does not answer', after: 0 }
-      }
-      throw error
+      return this._failed(error, signal)
     } finally {
       watch.end()
       attempt.abort()
       signal.removeEventListener('abort', abort)
     }
+  }
+
+  _failed(error, signal) {
+    if (signal.aborted || error.name === 'AbortError' || error instanceof TypeError) {
+      return { detail: 'The server does not answer', after: 0 }
+    }
+    this._lastId = null // whatever it was, a whole snapshot mends it
+    if (!(error instanceof Gap)) console.error(error)
+    return { detail: 'Some events were missed: asking for the whole state', after: 0 }
   }
 
   _request(signal) {
@@ -192,6 +194,8 @@ export class Feed {
   }
 }
 
+let nextRead = 0 // time of the next read of /kv/me that any panel of this page may make
+
 /** The viewer's own tokens from `/kv/me`, read again when `poke` says that they changed, at most four times a second. */
 export class OwnTokens {
   constructor({ base, viewer, onTokens }) {
@@ -210,18 +214,26 @@ export class OwnTokens {
 
   async _loop() {
     this._busy = true
-    while (this._wanted && !this._stopped && this.viewer()?.token) {
+    while (this._wanted && !this._stopped && this._isKnown()) {
+      const now = performance.now()
+      nextRead = Math.max(now, nextRead) + ME_INTERVAL
+      await sleep(nextRead - now - ME_INTERVAL)
       this._wanted = false
       await this._read()
-      await sleep(ME_INTERVAL)
     }
     this._busy = false
+  }
+
+  _isKnown() {
+    const token = this.viewer()?.token
+    return Boolean(token) && token !== this._refused
   }
 
   async _read() {
     const asked = this.viewer()
     try {
       const response = await fetch(new URL('kv/me', this.base), { headers: authorization(asked), cache: 'no-store' })
+      if (response.status === 401) this._refused = asked.token
       if (!response.ok) return
       const body = await response.json()
       if (!this._stopped && this.viewer()?.token === asked.token) this.onTokens(body)

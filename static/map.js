@@ -6,6 +6,7 @@ import { el } from './dom.js'
 const MARGIN = 4 // px around the cells, so that rings at the edge are whole
 const LARGEST_CELL = 22, SMALLEST_CELL = 2
 const TALLEST = 180 // px that all rows may take, where cells can be made small enough
+const LEGIBLE_CELL = 3, TALLEST_LEGIBLE = 280 // px: before cells get smaller than this, the map gets taller
 const WITH_FILL = 5 // px: from this size on a cell shows how full its block is
 const WITH_COUNT = 16 // px: from here on it shows its reference count
 const FLASH = 1200, FLASH_STILL = 2000 // ms that a copy is shown, moving and not
@@ -103,13 +104,13 @@ export class PoolMap {
     context.globalAlpha = 1
   }
 
+  /** Too small for a fill: the colour alone, and for own blocks an underline. */
   _drawDot(context, x, y, size, role, block) {
-    context.fillStyle = this._paint[role].solid
+    context.fillStyle = role === 'free' ? this._paint.free.tint : this._paint[role].solid
     context.fillRect(x, y, size, size)
     if (!this._own.has(block)) return
     context.fillStyle = this._paint.ink
-    const inset = size > 2 ? 1 : 0
-    context.fillRect(x + inset, y + inset, Math.max(1, size - 2 * inset), Math.max(1, size - 2 * inset))
+    context.fillRect(x, y + size - 1, size, 1)
   }
 
   _drawBlock(context, x, y, size, role, block) {
@@ -269,10 +270,11 @@ export class PoolMap {
   }
 }
 
-/** The largest cell, in px, with which `blocks` of them in rows of `width` stay below TALLEST. */
-export function cellSize(blocks, width) {
+/** The largest cell, in px, with which `blocks` of them in rows of `width` are not too tall. */
+function cellSize(blocks, width) {
   for (let size = LARGEST_CELL; size > SMALLEST_CELL; size--) {
-    if (Math.ceil(blocks / Math.floor(width / size)) * size <= TALLEST) return size
+    const height = Math.ceil(blocks / Math.floor(width / size)) * size
+    if (height <= (size > LEGIBLE_CELL ? TALLEST : TALLEST_LEGIBLE)) return size
   }
   return SMALLEST_CELL
 }

@@ -30,6 +30,7 @@ export class Model {
     this.onEvent = null
     /** Blocks that look different since `takeDirty` was called last. */
     this.dirty = new Set()
+    this._totals = {}
     this._clear(0)
   }
 
@@ -62,6 +63,7 @@ export class Model {
     for (const { name, tokens, table } of snapshot.system) this._addSystem(name, tokens, expand(table))
     for (const session of snapshot.sessions) this._addSession(session)
     Object.assign(this.counters, snapshot.counters)
+    this._totals = snapshot.blocks
     this.loaded = true
     this.dirty.clear()
   }
@@ -249,11 +251,19 @@ export class Model {
   roles() {
     const roles = Object.fromEntries(ROLES.map((role) => [role, 0]))
     for (let block = 1; block <= this.numBlocks; block++) roles[this.role(block)]++
-    return roles
+    if (!this._hidesOthers()) return roles
+    const { free, idle, used } = this._totals
+    return { ...roles, free, idle, private: used - roles.system - roles.shared }
+  }
+
+  /** In the scope `self` the others' blocks are not in the pool that is sent, only in the totals. */
+  _hidesOthers() {
+    return this.scope === 'self'
   }
 
   /** `free + idle + used = numBlocks`; shared, pinned and resting are parts of used. */
   counts() {
+    if (this._hidesOthers()) return { ...this._totals }
     const counts = { free: 0, idle: 0, used: 0, shared: 0, pinned: 0, resting: 0 }
     const held = this._heldByResting()
     for (let block = 1; block <= this.numBlocks; block++) {

@@ -96,7 +96,7 @@ export function tell(line, mine) {
 }
 
 const SENTENCES = {
-  state: ({ state }, who, mine) => `${who} ${mine ? STATES[state]?.[0] : STATES[state]?.[1]}.`,
+  state: ({ state }, who, mine) => `${mine ? 'your' : `${who}’s`} ${STATES[state] ?? `state is ${state}`}.`,
   fork: ({ at }, who) => `${who} forked after ${plural(at, 'token')}: both branches read the same blocks so far.`,
   allocate: ({ blocks }, who) => `${who} took ${named(blocks)} for new tokens.`,
   share: ({ blocks, at, isSystem }, who, mine) =>
@@ -111,7 +111,7 @@ const SENTENCES = {
   publish: ({ blocks, fill, slots }) =>
     `${named(blocks, true)} ${are(blocks)} published: ` +
     (fill === slots ? 'full, frozen, and can be found by content.' : `${fill} of ${slots} slots, can be found by content.`),
-  unpublish: ({ blocks }, who) => `${named(blocks, true)} can no longer be found, so ${who ?? 'its holder'} may write on.`,
+  unpublish: ({ blocks }) => `${named(blocks, true)} can no longer be found by content.`,
   release: ({ blocks, becomes, ref }) => RELEASED[becomes](blocks, ref),
   pin: ({ blocks, name }) => `${named(blocks, true)} of the system prompt “${name}” ${are(blocks)} pinned: never evicted.`,
   evict: ({ blocks }) => `${named(blocks, true)} ${are(blocks)} evicted: idle, and the room was needed.`,
@@ -121,11 +121,11 @@ const SENTENCES = {
 }
 
 const STATES = {
-  queued: ['wait for room', 'waits for room'],
-  prefill: ['sent a message: the prompt is being read', 'sent a message: the prompt is being read'],
-  decode: ['receive an answer, token by token', 'receives an answer, token by token'],
-  resting: ['rest: your table keeps its blocks for the next message', 'rests: its table keeps its blocks'],
-  preempted: ['were preempted', 'was preempted'],
+  queued: 'message waits for its turn',
+  prefill: 'prompt is being read (prefill)',
+  decode: 'answer is being written, token by token (decode)',
+  resting: 'turn ended: the table rests, and keeps its blocks',
+  preempted: 'turn was preempted',
 }
 
 const RELEASED = {

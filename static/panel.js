@@ -36,6 +36,7 @@ class Panel {
     this.model = new Model()
     this.select = new Selection()
     this.story = new Story(this.model)
+    this._listeners = new AbortController()
     this._build()
     this._connect(base)
     this._listen()
@@ -87,7 +88,7 @@ class Panel {
   }
 
   _listen() {
-    const { signal } = (this._listeners = new AbortController())
+    const { signal } = this._listeners
     window.addEventListener('chatpage:viewer', () => this._newViewer(), { signal })
     document.addEventListener('visibilitychange', () => this._schedule(), { signal })
     this.root.addEventListener('keydown', (event) => event.key === 'Escape' && this.select.clear(), { signal })
@@ -118,7 +119,7 @@ class Panel {
     }
     this._themeWatch = new MutationObserver(apply)
     this._themeWatch.observe(document.body, { attributes: true, attributeFilter: ['class'] })
-    system.addEventListener('change', apply)
+    system.addEventListener('change', apply, { signal: this._listeners.signal })
     apply()
   }
 

@@ -123,15 +123,18 @@ class Chips {
 
 function newChip() {
   const fill = el('span', { class: 'kv-chip-fill' })
-  const box = el('span', { class: 'kv-chip-box' }, [fill, el('span', { class: 'kv-chip-id' }), el('span', { class: 'kv-chip-refs' })])
-  return el('span', { class: 'kv-chip' }, [el('span', { class: 'kv-chip-logical' }), box])
+  const box = el('span', { class: 'kv-chip-box' }, [fill, el('span', { class: 'kv-chip-id' })])
+  const head = el('span', { class: 'kv-chip-head' }, [el('span'), el('span', { class: 'kv-chip-refs' })])
+  return el('span', { class: 'kv-chip' }, [head, box])
 }
 
 function updateChip(node, model, block, logical, held) {
-  const [fill, id, refs] = node.lastChild.children
+  const [head, box] = node.children
+  const [index, refs] = head.children
+  const [fill, id] = box.children
   const ref = model.ref[block]
   setData(node, { block, role: model.role(block) })
-  setText(node.firstChild, String(logical))
+  setText(index, String(logical))
   setText(id, String(block))
   setText(refs, ref >= 2 ? `×${ref}` : '')
   const height = `${(100 * held) / model.blockSize}%`
