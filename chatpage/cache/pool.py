@@ -194,6 +194,7 @@ class BlockPool:
 
     def _check_tree(self) -> None:
         nodes = list(self.tree.root.descendants())
+        assert len({n.block for n in nodes}) == len(nodes), f"a block twice in the tree: {[n.block for n in nodes]}"
         assert {n.block: n for n in nodes} == {b: n for b, n in enumerate(self.node) if n is not None}, "tree and pool"
         for node in nodes:
             assert 0 < len(node.tokens) <= self.fill[node.block] <= self.block_size, f"block {node.block}: fill"

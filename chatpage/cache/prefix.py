@@ -66,7 +66,8 @@ class PrefixTree:
         """The longest published prefix of `tokens`: nodes from the root down, each with how many tokens of it match.
 
         Every match but the last is a whole block. The first `system_tokens` are an operator's system prompt, which is
-        found in the domain SYSTEM up to its last token and not one further; all later blocks only in `domain`.
+        found in the domain SYSTEM up to its last token and not one further; all later blocks only in `domain`. Where
+        both hold the same, SYSTEM it is: a private block that begins alike must not hide the rest of the prompt.
         """
         found: list[tuple[Node, int]] = []
         node, start = self.root, 0
@@ -76,7 +77,7 @@ class PrefixTree:
             shareable = chunk[: max(0, system_tokens - start)]
             if shareable:
                 system_child, system_length = node.longest_head(SYSTEM, shareable)
-                if system_length > length:
+                if system_length >= length:
                     child, length = system_child, system_length
             if child is None:
                 break

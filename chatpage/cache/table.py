@@ -150,12 +150,20 @@ class BlockTable:
             computed: tokens whose keys and values are in the pool, at most `length`.
         """
         size = self.pool.block_size
-        while (self._published + 1) * size <= computed and self._node.block:
+        while (self._published + 1) * size <= computed and self._may_publish():
             self._node = self._publish_block(self._published, tokens, size)
             self._published += 1
         rest = computed - self._published * size
-        if tail and 0 < rest < size and self._node.block and self.pool.node[self.blocks[self._published]] is None:
+        if tail and 0 < rest < size and self._may_publish() and self.pool.node[self.blocks[self._published]] is None:
             self._publish_block(self._published, tokens, rest)
+
+    def _may_publish(self) -> bool:
+        """Whether the next block may have a name in the tree: not below a node that has left it, and not a second name.
+
+        A fork that ended earlier may have published the block that both share as its tail; that name stays.
+        """
+        node = self.pool.node[self.blocks[self._published]]
+        return self._node.block != 0 and (node is None or len(node.tokens) == self.pool.block_size)
 
     def _publish_block(self, logical: int, tokens: Sequence[int], count: int) -> Node:
         start = logical * self.pool.block_size
