@@ -25,7 +25,7 @@ from chatpage.settings import Settings
 from chatpage.web.errors import Refusal
 from chatpage.web.limits import MAX_VIEWERS
 from chatpage.web.openai import bearer
-from chatpage.web.view import Line, Mirror, aggregate, epoch_of, only_own
+from chatpage.web.view import STRANGER, Line, Mirror, aggregate, epoch_of, only_own
 
 FLUSH_SECONDS = 0.05
 SELF_SECONDS = 0.25  # between snapshots in the scope `self`
@@ -38,9 +38,9 @@ PING_SECONDS = 15
 
 
 class Viewer:
-    """One open `/kv/events`. `session` is the pseudonym of its own session, None for a stranger."""
+    """One open `/kv/events`. `session` is the pseudonym of its own session, or STRANGER."""
 
-    def __init__(self, session: int | None, first: list[bytes]) -> None:
+    def __init__(self, session: int, first: list[bytes]) -> None:
         self.session = session
         self.stale = False
         self._messages: deque[bytes] = deque(first)
@@ -134,7 +134,7 @@ class Hub:
         self._forget_the_gone(lines)
         self._plan()
 
-    def _message(self, session: int | None, after: int, lines: list[Line]) -> bytes | None:
+    def _message(self, session: int, after: int, lines: list[Line]) -> bytes | None:
         if self.scope == "self":
             return self.snapshot_message(session)
         return self.delta_message(session, after, self._seen(session, lines))
@@ -144,22 +144,21 @@ class Hub:
         watched = {viewer.session for viewer in self.viewers}
         ended = {line.owner for line in lines if line.exact.kind == "end"}
         for session in ended - watched - self.mirror.snapshot.sessions.keys():
-            if session is not None:
-                self.mirror.forget(session)
+            self.mirror.forget(session)
 
     # -- what a viewer sees ---------------------------------------------------------------------------------------
 
-    def number(self, session: int | None) -> int:
+    def number(self, session: int) -> int:
         """The number of the last event that this viewer has seen."""
         assert self.mirror is not None
         return self.mirror.snapshot.seq if self.scope == "full" else self.mirror.number(session)
 
-    def _seen(self, session: int | None, lines: Iterable[Line]) -> list[Event]:
+    def _seen(self, session: int, lines: Iterable[Line]) -> list[Event]:
         if self.scope == "full":
             return [line.exact for line in lines]
         return [event for line in lines if (event := line.seen_by(session)) is not None]
 
-    def snapshot(self, session: int | None) -> dict[str, Any]:
+    def snapshot(self, session: int) -> dict[str, Any]:
         """The body of `/kv/snapshot`. Unavailable before the engine is ready."""
         mirror, sharing = self.mirror, self.engine.sharing
         if mirror is None:
@@ -169,11 +168,11 @@ class Hub:
         seen = aggregate(mirror, session) if self.scope == "aggregate" else mirror.snapshot
         return seen.to_json(scope=self.scope, sharing=sharing)
 
-    def snapshot_message(self, session: int | None) -> bytes:
+    def snapshot_message(self, session: int) -> bytes:
         body = self.snapshot(session)
         return sse_event("snapshot", f"{body['epoch']}-{body['seq']}", to_json(body))
 
-    def delta_message(self, session: int | None, after: int, events: list[Event]) -> bytes | None:
+    def delta_message(self, session: int, after: int, events: list[Event]) -> bytes | None:
         """Events as the viewer's numbers `after` + 1 and on. None where there is nothing to see."""
         if not events:
             return None
@@ -182,12 +181,12 @@ class Hub:
         data = f'{{"seq":[{after + 1},{last}],"time":{time.time():.3f},"events":[{numbered}]}}'
         return sse_event("delta", f"{self.epoch(session)}-{last}", data)
 
-    def epoch(self, session: int | None) -> str:
+    def epoch(self, session: int) -> str:
         assert self.mirror is not None
         epoch = self.mirror.snapshot.epoch
         return epoch if self.scope == "full" else epoch_of(epoch, session)
 
-    def missed(self, session: int | None, last_id: str) -> list[Event] | None:
+    def missed(self, session: int, last_id: str) -> list[Event] | None:
         """What a viewer has missed since the event with this id, or None where that cannot be told any more."""
         epoch, _, number = last_id.rpartition("-")
         if self.scope == "self" or epoch != self.epoch(session) or not number.isdecimal() or len(number) > 18:
@@ -202,7 +201,7 @@ class Hub:
 
     # -- viewers --------------------------------------------------------------------------------------------------
 
-    async def watch(self, session: int | None, last_id: str) -> AsyncIterator[bytes]:
+    async def watch(self, session: int, last_id: str) -> AsyncIterator[bytes]:
         """Everything that one viewer gets: a snapshot, or what it has missed, then deltas until it leaves."""
         viewer = Viewer(session, self._first(session, last_id))
         self.viewers.add(viewer)
@@ -218,7 +217,7 @@ class Hub:
         finally:
             self.viewers.discard(viewer)
 
-    def _first(self, session: int | None, last_id: str) -> list[bytes]:
+    def _first(self, session: int, last_id: str) -> list[bytes]:
         missed = self.missed(session, last_id)
         if missed is None:
             return [self.snapshot_message(session)]
@@ -266,11 +265,11 @@ class Routes:
         self._count(token)
         return JSONResponse(await self._describe(token), headers={"Cache-Control": "no-store"})
 
-    async def _session(self, request: Request) -> int | None:
-        """The pseudonym of the viewer's own session. None for a stranger, and where everybody sees the same."""
+    async def _session(self, request: Request) -> int:
+        """The pseudonym of the viewer's own session. STRANGER where it has none, or everybody sees the same."""
         token = bearer(request)
         if not token or self.hub.scope == "full":
-            return None
+            return STRANGER
         return (await self._describe(token))["session"]
 
     async def _describe(self, token: str) -> dict[str, Any]:

@@ -8,33 +8,41 @@ numbered anew, by what is visible: with gaps, the numbers would tell how many to
 
 and a viewer replays what it gets exactly as in the scope `full`. (There is one exception, which no viewer meets: a pin
 makes a fill exact without a word. System prompts are pinned before the engine is ready.)
+
+A viewer is the pseudonym of a session; STRANGER has none.
 """
 
-from dataclasses import replace
+from array import array
+from dataclasses import dataclass, replace
 from typing import Any
 
-from chatpage.events import Event, SequenceView, SessionView, Snapshot
+from chatpage.events import Event, SessionView, Snapshot
+
+STRANGER = -1  # also who wrote a block that nobody here has written, and who an event without a sequence belongs to
 
 
+@dataclass(frozen=True, slots=True)
 class Line:
     """One event as viewers see it: exactly, in whole blocks, or not at all.
 
     Attributes:
-        owners: pseudonyms of the sessions that see it exactly or at all, where it is `hidden` from the others.
-        hidden: in whole blocks nothing changes.
+        exact, coarse: the event, and the event in whole blocks.
+        owner: the session that it happened to, which sees it exactly.
+        writer: the session that wrote the block before; for a viewer of that one the block stops being exact.
+        hidden: in whole blocks nothing changes, so only those two see it.
     """
 
-    __slots__ = ("coarse", "exact", "hidden", "owner", "owners")
+    exact: Event
+    coarse: Event
+    owner: int
+    writer: int = STRANGER
+    hidden: bool = False
 
-    def __init__(self, exact: Event, coarse: Event, owner: int | None, owners: tuple[int, ...], hidden: bool) -> None:
-        self.exact, self.coarse = exact, coarse
-        self.owner, self.owners, self.hidden = owner, owners, hidden
-
-    def seen_by(self, viewer: int | None) -> Event | None:
-        """The event for the viewer whose session this is (None: nobody's), with its number in the engine's log."""
-        if self.owner is not None and viewer == self.owner:
+    def seen_by(self, viewer: int) -> Event | None:
+        """The event for this viewer, under its number in the engine's log, or None."""
+        if viewer != STRANGER and viewer == self.owner:
             return self.exact
-        if self.hidden and viewer not in self.owners:
+        if self.hidden and (viewer == STRANGER or viewer != self.writer):
             return None
         return self.coarse
 
@@ -43,129 +51,120 @@ class Mirror:
     """The engine's state as events tell it, with what the scope `aggregate` needs beside it.
 
     Attributes:
-        writer: for each block, the session that wrote it last; its fill is exact for that session alone.
+        owner: for each sequence its session.
+        writer: for each block the session that wrote it last: its fill is exact for that one alone.
         common: how many events everybody has seen.
-        extra: for a session, how many it has seen that are hidden from the others.
-        surplus: how many prefix-hit tokens rounding up has added, for each session and (None) in all.
+        extra: for a session, how many more it has seen, which are hidden from the others.
+        rounding: for a session, how many prefix-hit tokens rounding up has added; for STRANGER, over all of them.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
-        self.owner = {s.id: session.id for session in snapshot.sessions.values() for s in session.sequences.values()}
-        self.writer: list[int | None] = [None] * (snapshot.num_blocks + 1)
+        self.owner: dict[int, int] = {}
+        self.writer = [STRANGER] * (snapshot.num_blocks + 1)
         for session in snapshot.sessions.values():
             for sequence in session.sequences.values():
+                self.owner[sequence.id] = session.id
                 for block in sequence.table:
                     self.writer[block] = session.id
         self.common = 0
         self.extra: dict[int, int] = {}
-        self.surplus: dict[int | None, int] = {None: 0}
+        self.rounding = {STRANGER: 0}
 
     def apply(self, event: Event) -> Line:
         """Move on by one event. Returns how it is seen."""
-        if event.session is not None and event.sequence is not None:
+        if event.kind in ("state", "fork"):
             self.owner[event.sequence] = event.session
-        owner = None if event.sequence is None else self.owner.get(event.sequence)
-        before = self._tokens(event) if event.kind in ("write", "share") else 0
-        line = self._line(event, owner, before)
-        self._count(line, before)
-        self._note(event, owner)
+        line = self._line(event, self.owner.get(event.sequence, STRANGER))
+        self._count(line)
+        self._note_writer(event, line.owner)
         self.snapshot.apply(event)
+        if event.kind == "end":
+            del self.owner[event.sequence]
         return line
 
     def forget(self, session: int) -> None:
         """Drop what is counted for a session that has ended and has no viewer."""
         self.extra.pop(session, None)
-        self.surplus.pop(session, None)
+        self.rounding.pop(session, None)
 
-    def number(self, viewer: int | None) -> int:
-        """How many events this viewer has seen: the number of its last one."""
-        return self.common + (self.extra.get(viewer, 0) if viewer is not None else 0)
+    def number(self, viewer: int) -> int:
+        """How many events this viewer has seen, which is the number of its last one."""
+        return self.common + self.extra.get(viewer, 0)
 
-    def _tokens(self, event: Event) -> int:
-        """How many tokens the event's sequence has before it."""
-        session = self.snapshot.sessions[self.owner[_known(event.sequence)]]
-        return session.sequences[_known(event.sequence)].tokens
-
-    def _line(self, event: Event, owner: int | None, before: int) -> Line:
-        size = self.snapshot.block_size
-        coarse = _in_whole_blocks(event, size)
+    def _line(self, event: Event, owner: int) -> Line:
+        coarse = _in_whole_blocks(event, self.snapshot.block_size)
         if event.kind != "write":
-            return Line(event, coarse, owner, (), False)
-        block = _known(event.block)
-        same = self.snapshot.fill[block] > 0 and coarse.at == whole(before, size)
-        owners = {session for session in (owner, self.writer[block]) if session is not None}
-        return Line(event, coarse, owner, tuple(owners), same)
+            return Line(event, coarse, owner)
+        unchanged = self.snapshot.fill[event.block] > 0 and coarse.at == self._whole_tokens(event, owner)
+        return Line(event, coarse, owner, self.writer[event.block], unchanged)
 
-    def _count(self, line: Line, before: int) -> None:
+    def _whole_tokens(self, event: Event, owner: int) -> int:
+        """How many tokens the event's sequence has before it, in whole blocks."""
+        return whole(self._tokens(event, owner), self.snapshot.block_size)
+
+    def _tokens(self, event: Event, owner: int) -> int:
+        return self.snapshot.sessions[owner].sequences[event.sequence].tokens
+
+    def _count(self, line: Line) -> None:
+        event = line.exact
         if not line.hidden:
             self.common += 1
-        for session in line.owners if line.hidden else ():
-            self.extra[session] = self.extra.get(session, 0) + 1
-        event = line.exact
+        else:
+            for session in {line.owner, line.writer} - {STRANGER}:
+                self.extra[session] = self.extra.get(session, 0) + 1
         if event.kind == "share" and event.reason == "prefix hit":
-            rounded = _known(line.coarse.at) - whole(before, self.snapshot.block_size)
-            more = rounded - (_known(event.at) - before)
-            for key in {None, line.owner}:
-                self.surplus[key] = self.surplus.get(key, 0) + more
+            found = event.at - self._tokens(event, line.owner)
+            shown = line.coarse.at - self._whole_tokens(event, line.owner)
+            for session in {line.owner, STRANGER}:
+                self.rounding[session] = self.rounding.get(session, 0) + shown - found
 
-    def _note(self, event: Event, owner: int | None) -> None:
-        """Keep `writer` and `owner` in step with the event."""
+    def _note_writer(self, event: Event, owner: int) -> None:
         if event.kind in ("allocate", "write"):
-            self.writer[_known(event.block)] = owner
+            self.writer[event.block] = owner
         elif event.kind == "evict" or event.becomes == "free":
-            self.writer[_known(event.block)] = None
-        elif event.kind == "end":
-            self.owner.pop(_known(event.sequence), None)
+            self.writer[event.block] = STRANGER
 
 
-def aggregate(mirror: Mirror, viewer: int | None) -> Snapshot:
+def aggregate(mirror: Mirror, viewer: int) -> Snapshot:
     """The state in whole blocks, but exact where it is the viewer's own or a system prompt's.
 
     What needs no change is not copied: the result is to be read at once.
     """
     snapshot, size = mirror.snapshot, mirror.snapshot.block_size
     fill = snapshot.fill.translate(bytes([0]) + bytes([size]) * 255)
-    for block, writer in enumerate(mirror.writer):
-        if viewer is not None and writer == viewer:
-            fill[block] = snapshot.fill[block]
-    for block in snapshot.pinned():
+    own = [block for block, writer in enumerate(mirror.writer) if writer == viewer != STRANGER]
+    for block in (*own, *snapshot.pinned()):
         fill[block] = snapshot.fill[block]
-    rounding = mirror.surplus[None] - (mirror.surplus.get(viewer, 0) if viewer is not None else 0)
-    counters = {**snapshot.counters, "hit_tokens": snapshot.counters["hit_tokens"] + rounding}
-    sessions = {
-        session.id: session if session.id == viewer else _rounded_session(session, size)
-        for session in snapshot.sessions.values()
-    }
+    rounding = mirror.rounding[STRANGER] - (mirror.rounding.get(viewer, 0) if viewer != STRANGER else 0)
     return replace(
         snapshot,
         epoch=epoch_of(snapshot.epoch, viewer),
         seq=mirror.number(viewer),
         fill=fill,
-        sessions=sessions,
-        counters=counters,
+        sessions={
+            session.id: session if session.id == viewer else _in_whole_tokens(session, size)
+            for session in snapshot.sessions.values()
+        },
+        counters={**snapshot.counters, "hit_tokens": snapshot.counters["hit_tokens"] + rounding},
     )
 
 
-def only_own(mirror: Mirror, viewer: int | None, sharing: str) -> dict[str, Any]:
+def only_own(mirror: Mirror, viewer: int, sharing: str) -> dict[str, Any]:
     """The body of a snapshot in the scope `self`: the viewer's rows, the system prompts, and the totals."""
     seen = aggregate(mirror, viewer)
-    mine = {viewer: seen.sessions[viewer]} if viewer is not None and viewer in seen.sessions else {}
-    visible = seen.pinned() | {b for session in mine.values() for s in session.sequences.values() for b in s.table}
-    state, fill, ref = bytearray(len(seen.state)), bytearray(len(seen.fill)), seen.ref[:]
-    for block in range(len(ref)):
-        if block in visible:
-            state[block], fill[block] = seen.state[block], seen.fill[block]
-        else:
-            ref[block] = 0
-    body = replace(seen, state=state, fill=fill, ref=ref, sessions=mine).to_json(scope="self", sharing=sharing)
-    body["blocks"] = seen.counts()
-    return body
+    mine = {viewer: seen.sessions[viewer]} if viewer in seen.sessions else {}
+    tables = [sequence.table for session in mine.values() for sequence in session.sequences.values()]
+    state, ref, fill = bytearray(len(seen.state)), array("H", bytes(2 * len(seen.ref))), bytearray(len(seen.fill))
+    for block in seen.pinned().union(*tables):
+        state[block], ref[block], fill[block] = seen.state[block], seen.ref[block], seen.fill[block]
+    body = replace(seen, state=state, ref=ref, fill=fill, sessions=mine).to_json(scope="self", sharing=sharing)
+    return {**body, "blocks": seen.counts()}
 
 
-def epoch_of(epoch: str, viewer: int | None) -> str:
-    """Numbers of one viewer mean nothing to another one, so each has an epoch of its own."""
-    return epoch if viewer is None else f"{epoch}.{viewer}"
+def epoch_of(epoch: str, viewer: int) -> str:
+    """One viewer's numbers mean nothing to another one, so each has an epoch of its own."""
+    return epoch if viewer == STRANGER else f"{epoch}.{viewer}"
 
 
 def whole(tokens: int, block_size: int) -> int:
@@ -173,23 +172,17 @@ def whole(tokens: int, block_size: int) -> int:
 
 
 def _in_whole_blocks(event: Event, size: int) -> Event:
-    if event.kind == "pin":
+    if event.kind == "pin" or (event.at < 0 and event.fill < 0):
         return event  # system prompts are public
-    at = None if event.at is None else whole(event.at, size)
-    fill = None if event.fill is None else whole(event.fill, size)
-    return event._replace(at=at, fill=fill)
+    return event._replace(
+        at=whole(event.at, size) if event.at >= 0 else event.at,
+        fill=whole(event.fill, size) if event.fill >= 0 else event.fill,
+    )
 
 
-def _rounded_session(session: SessionView, size: int) -> SessionView:
+def _in_whole_tokens(session: SessionView, size: int) -> SessionView:
     sequences = {
-        s.id: SequenceView(s.id, s.parent, None if s.at is None else whole(s.at, size), whole(s.tokens, size), s.table)
+        s.id: replace(s, at=None if s.at is None else whole(s.at, size), tokens=whole(s.tokens, size))
         for s in session.sequences.values()
     }
     return SessionView(session.id, session.state, sequences)
-
-
-def _known(value: int | None) -> int:
-    """A field that the event's kind always has."""
-    if value is None:
-        raise ValueError("the event lacks a field of its kind")
-    return value

@@ -1,0 +1,79 @@
+"""An engine without a model, whose requests go on only when a test says so."""
+
+from collections.abc import Callable
+from typing import Any
+
+from chatpage.engine import OpenSession
+from chatpage.events import EventLog, Snapshot
+from chatpage.schedule.request import Delta, Prompt, Request
+from chatpage.stream import Stream
+
+
+class FakeEngine:
+    """What the web relies on. `requests` are the ones that came; `say` sends one of them a delta."""
+
+    def __init__(self) -> None:
+        self.status = "ready"
+        self.detail = "Ready"
+        self.model_name = "fake"
+        self.sharing = "all"
+        self.systems: list[Any] = []
+        self.requests: list[Request] = []
+        self.streams: list[Stream] = []
+        self.cancelled: set[int] = set()
+        self.refusal: Exception | None = None
+        self.keys: set[str] = set()
+        self.closed: list[str] = []
+        self.has_work = False
+        self.idle_seconds = 0.0
+        self.events = EventLog()
+        self.snapshot = Snapshot.empty(self.events, block_size=4, num_blocks=8)
+
+    def start(self) -> None: ...
+
+    def stop(self, timeout: float = 3.0) -> None: ...
+
+    def prompt(self, messages: list[dict[str, str]]) -> Prompt:
+        return Prompt(tuple(range(len(messages[-1]["content"]))))
+
+    def open_session(self) -> OpenSession:
+        key = f"key-{len(self.keys) + 1}"
+        self.keys.add(key)
+        return OpenSession(key, f"view-{key}", len(self.keys))
+
+    def close_session(self, key: str) -> None:
+        self.keys.discard(key)
+        self.closed.append(key)
+
+    def has_session(self, key: str) -> bool:
+        return key in self.keys
+
+    def stream(self, request: Request) -> Stream:
+        if self.refusal is not None:
+            raise self.refusal
+        number = len(self.streams)
+
+        def cancel() -> None:
+            self.cancelled.add(number)
+            self.say(number, Delta("done", finish_reason="abort"))
+
+        stream = Stream(cancel)
+        self.requests.append(request)
+        self.streams.append(stream)
+        return stream
+
+    def say(self, number: int, delta: Delta) -> None:
+        self.streams[number].put(delta)
+        Stream.wake([self.streams[number]])
+
+    def subscribe(self, listener: Callable[..., None]) -> None:
+        listener(self.snapshot, [])
+
+    def unsubscribe(self, listener: Callable[..., None]) -> None: ...
+
+    def describe(self, view_token: str) -> dict[str, Any] | None:
+        key = view_token.removeprefix("view-")
+        return {"session": 1, "sequences": []} if key in self.keys else None
+
+    def stats(self) -> dict[str, float]:
+        return {"has_work": self.has_work, "seconds_since_progress": self.idle_seconds}

@@ -1,0 +1,208 @@
+"""`/v1/chat/completions` as the `openai` client sees it."""
+
+import threading
+
+import httpx
+import openai
+import pytest
+
+from chatpage.errors import Busy, Unavailable
+from chatpage.schedule.request import Delta
+from tests.web.conftest import SYSTEM_PROMPT, Served
+from tests.web.fake import FakeEngine
+from tests.web.server import wait_until
+
+HELLO = [{"role": "user", "content": "What is a block table?"}]
+CHAT = "/v1/chat/completions"
+
+
+def ask(served: Served, **more):
+    return served.client().chat.completions.create(
+        **{"model": "tiny-llama", "messages": HELLO, "max_tokens": 24, "temperature": 0, **more}
+    )
+
+
+def test_a_stream_is_the_same_text_as_the_whole(served: Served):
+    whole = ask(served)
+    chunks = list(ask(served, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert len({(chunk.id, chunk.created, chunk.model) for chunk in chunks}) == 1
+    *_, last, counted = chunks
+    assert (last.choices[0].finish_reason, last.choices[0].delta.content) == ("length", None)
+    assert counted.choices == []
+    assert counted.usage.completion_tokens == whole.usage.completion_tokens == 24
+    assert counted.usage.total_tokens == counted.usage.prompt_tokens + 24
+    assert sum(chunk.choices[0].finish_reason is not None for chunk in chunks if chunk.choices) == 1
+
+
+def test_a_stream_has_only_data_and_ends_with_done(served: Served):
+    body = {"messages": HELLO, "max_tokens": 3, "stream": True}
+    lines = [line for line in httpx.post(served.url + CHAT, json=body).text.split("\n") if line]
+    assert all(line.startswith(("data: ", ":")) for line in lines)
+    assert lines[-1] == "data: [DONE]"
+
+
+def test_usage_tells_what_was_shared(served: Served):
+    system = len(served.engine.systems[0].tokens)
+    first = ask(served, messages=[{"role": "user", "content": "Nobody asked this before 1."}])
+    assert first.usage.prompt_tokens_details.cached_tokens >= system
+    private = ask(served, messages=[{"role": "system", "content": "Zebra."}, {"role": "user", "content": "Quite new 2."}])
+    assert private.usage.prompt_tokens_details.cached_tokens < system
+
+
+def test_the_servers_system_prompt_is_the_default(served: Served):
+    named = ask(served, messages=[{"role": "system", "content": SYSTEM_PROMPT}, *HELLO])
+    developer = ask(served, messages=[{"role": "developer", "content": SYSTEM_PROMPT}, *HELLO])
+    assert ask(served).choices[0].message == named.choices[0].message == developer.choices[0].message
+
+
+def test_text_parts_are_joined(served: Served):
+    parts = [{"type": "text", "text": "What is a "}, {"type": "text", "text": "block table?"}]
+    joined = ask(served, messages=[{"role": "user", "content": parts}])
+    assert joined.choices[0].message.content == ask(served).choices[0].message.content
+
+
+def test_a_seed_gives_the_same_answer(served: Served):
+    first, second = (ask(served, temperature=1, seed=7, extra_body={"top_k": 40}) for _ in range(2))
+    assert first.choices[0].message.content == second.choices[0].message.content
+    assert ask(served, temperature=1, seed=8).choices[0].message.content != first.choices[0].message.content
+
+
+def test_a_stop_string_is_never_sent(served: Served):
+    text = ask(served).choices[0].message.content
+    stop = text[5:8]
+    stopped = ask(served, stop=[stop])
+    assert stopped.choices[0].message.content == text[: text.index(stop)]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_a_huge_max_tokens_is_capped_by_the_context(served: Served):
+    answer = ask(served, max_tokens=10**9)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.total_tokens <= served.engine.max_model_len
+
+
+def test_models(served: Served):
+    assert [model.id for model in served.client().models.list()] == ["tiny-llama"]
+    assert served.client().models.retrieve("tiny-llama").id == "tiny-llama"
+    with pytest.raises(openai.NotFoundError):
+        served.client().models.retrieve("other/model")
+
+
+def test_a_session_computes_only_its_new_tokens(served: Served):
+    header = {"X-ChatPage-Session": ""}
+    body = {"messages": HELLO, "max_tokens": 8, "temperature": 0}
+    first = httpx.post(served.url + CHAT, json=body, headers=header)
+    key = first.headers["x-chatpage-session"]
+    answer = first.json()["choices"][0]["message"]
+    again = {**body, "messages": [*HELLO, answer, {"role": "user", "content": "Why?"}]}
+    second = httpx.post(served.url + CHAT, json=again, headers={"X-ChatPage-Session": key})
+    assert second.headers["x-chatpage-session"] == key
+    found = second.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert found >= first.json()["usage"]["prompt_tokens"]
+    unknown = httpx.post(served.url + CHAT, json=body, headers={"X-ChatPage-Session": "guessed"})
+    assert unknown.headers["x-chatpage-session"] not in ("guessed", key)
+    assert "x-chatpage-session" not in httpx.post(served.url + CHAT, json=body).headers
+
+
+def test_many_at_once(served: Served):
+    expected = ask(served).choices[0].message.content
+    answers: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(ask(served).choices[0].message.content)) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert answers == [expected] * 8
+
+
+def test_leaving_a_stream_ends_the_request(served: Served):
+    aborted = served.engine.stats()["finished_abort"]
+    with ask(served, stream=True, max_tokens=400) as stream:
+        next(iter(stream))
+    wait_until(lambda: served.engine.stats()["finished_abort"] == aborted + 1)
+    wait_until(lambda: not served.engine.stats()["has_work"])
+
+
+# -- with an engine that waits ------------------------------------------------------------------------------------
+
+
+def leave_before_the_answer(url: str, body: dict, seconds: float = 0.3) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url + CHAT, json=body, timeout=httpx.Timeout(5, read=seconds))
+
+
+def test_leaving_while_the_request_waits(fake: tuple[str, FakeEngine]):
+    url, engine = fake
+    leave_before_the_answer(url, {"messages": HELLO})
+    wait_until(lambda: engine.cancelled == {0})
+    with httpx.stream("POST", url + CHAT, json={"messages": HELLO, "stream": True}):
+        wait_until(lambda: len(engine.streams) == 2)
+    wait_until(lambda: engine.cancelled == {0, 1})
+
+
+def test_leaving_at_once(fake: tuple[str, FakeEngine]):
+    """The client sends its request and is gone before anything could be answered."""
+    import socket
+
+    url, engine = fake
+    host, port = url.removeprefix("http://").split(":")
+    body = b'{"messages": [{"role": "user", "content": "hi"}], "stream": true}'
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    for _ in range(10):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head.encode() + body)
+    wait_until(lambda: len(engine.streams) == 10)
+    wait_until(lambda: engine.cancelled == set(range(10)))
+
+
+def test_an_error_in_a_stream_is_told_in_the_stream(fake: tuple[str, FakeEngine]):
+    url, engine = fake
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    stream = client.chat.completions.create(model="fake", messages=HELLO, stream=True)
+    wait_until(lambda: engine.streams)
+    engine.say(0, Delta("decode", text="Half an"))
+    engine.say(0, Delta("done", finish_reason="error", error="The step failed."))
+    with pytest.raises(openai.APIError, match="The step failed"):
+        list(stream)
+
+
+def test_an_error_without_a_stream(fake: tuple[str, FakeEngine]):
+    url, engine = fake
+    threading.Timer(0.2, lambda: engine.say(0, Delta("done", finish_reason="error", error="The step failed."))).start()
+    answer = httpx.post(url + CHAT, json={"messages": HELLO})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (500, "The step failed.")
+
+
+@pytest.mark.parametrize(
+    ("refusal", "status", "code"),
+    [
+        (Busy("65 are waiting."), 429, "engine_overloaded"),
+        (Unavailable("Loading."), 503, "service_unavailable"),
+        (RuntimeError("a secret"), 500, "internal_error"),
+    ],
+)
+def test_what_the_engine_refuses(fake: tuple[str, FakeEngine], refusal: Exception, status: int, code: str):
+    url, engine = fake
+    engine.refusal = refusal
+    answer = httpx.post(url + CHAT, json={"messages": HELLO}, headers={"X-ChatPage-Session": ""})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert "secret" not in answer.text
+    assert ("retry-after" in answer.headers) == (status in (429, 503))
+    assert engine.keys == set(), "a session was opened for a refused request"
+
+
+def test_one_turn_at_a_time_in_a_session(fake: tuple[str, FakeEngine]):
+    url, engine = fake
+    key = engine.open_session().key
+    headers = {"X-ChatPage-Session": key}
+    with httpx.stream("POST", url + CHAT, json={"messages": HELLO, "stream": True}, headers=headers):
+        second = httpx.post(url + CHAT, json={"messages": HELLO}, headers=headers)
+        assert (second.status_code, second.json()["error"]["code"]) == (409, "session_busy")
+    wait_until(lambda: engine.cancelled == {0})
+    threading.Timer(0.2, lambda: engine.say(1, Delta("done", text="Hi", finish_reason="stop"))).start()
+    assert httpx.post(url + CHAT, json={"messages": HELLO}, headers=headers).status_code == 200
