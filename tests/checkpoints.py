@@ -75,6 +75,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # Families whose layers never call the attention function.
     "bloom": {"n_layer": 2, "n_head": 4},
     "gptj": {"n_embd": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 512},
+    # No attention at all; and attention that sees what comes after.
+    "mamba": {"state_size": 4},
+    "bert": {},
+    # A window that is in the mask only; and positions that depend on the longest sequence of a batch.
+    "phimoe": {"sliding_window": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "phi3": {
+        "head_dim": 12,
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": 64,
+            "short_factor": [1.0] * 6,
+            "long_factor": [4.0] * 6,
+        },
+    },
 }
 
 
@@ -125,7 +141,7 @@ def _set_weights(model: PreTrainedModel) -> None:
     random = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():
         if weight.dim() < 2:
-            if "norm" not in name:
+            if "norm" not in name.lower():
                 weight.copy_(0.5 * torch.randn(weight.shape, generator=random))
             continue
         std = 1.0 if "embed" in name else 2.0 / weight.shape[-1] ** 0.5
