@@ -79,8 +79,13 @@ export class Feed {
     this._update()
   }
 
-  /** Forget where the stream was, and ask for a snapshot: for a new viewer, and after a gap. */
-  restart() {
+  /**
+   * The page says who the viewer is. What is shown may depend on it, except where everybody sees everything; a stream
+   * that was asked for in another name starts again.
+   */
+  viewerChanged() {
+    const token = this.viewer()?.token
+    if (!this.model.loaded || this.model.scope === 'full' || token === this._sent || token === this._refused) return
     this._lastId = null
     this._close()
     this._update()
@@ -151,6 +156,7 @@ export class Feed {
   _request(signal) {
     const viewer = this.viewer()
     const known = viewer?.token !== this._refused
+    this._sent = viewer?.token
     const headers = { Accept: 'text/event-stream', ...(known ? authorization(viewer) : {}) }
     if (this._lastId) headers['Last-Event-ID'] = this._lastId
     return fetch(new URL('kv/events', this.base), { headers, signal, cache: 'no-store' })
@@ -163,7 +169,10 @@ export class Feed {
       const { value, done } = await reader.read()
       if (done || signal.aborted) return
       watch.alive()
-      for (const event of parser.push(value)) this._take(event)
+      for (const event of parser.push(value)) {
+        this._take(event)
+        if (signal.aborted) return
+      }
     }
   }
 
@@ -171,7 +180,10 @@ export class Feed {
     if (type === 'snapshot') {
       this.model.load(JSON.parse(data))
       this._stale = false
+      this._lastId = id
       this.onSnapshot()
+      this._live()
+      return this.viewerChanged() // it may have, since this stream was asked for
     } else if (type === 'resync') {
       this._stale = true // what comes before the next snapshot does not fit
       this._lastId = null

@@ -109,7 +109,7 @@ export class PoolMap {
     context.fillStyle = role === 'free' ? this._paint.free.tint : this._paint[role].solid
     context.fillRect(x, y, size, size)
     if (!this._own.has(block)) return
-    context.fillStyle = this._paint.ink
+    context.fillStyle = this._paint.own
     context.fillRect(x, y + size - 1, size, 1)
   }
 
@@ -130,7 +130,7 @@ export class PoolMap {
 
   _drawOwn(context, x, y, size) {
     const width = size >= 9 ? 2 : 1
-    context.strokeStyle = this._paint.ink
+    context.strokeStyle = this._paint.own
     context.lineWidth = width
     context.strokeRect(x + width / 2, y + width / 2, size - width, size - width)
   }
@@ -298,6 +298,7 @@ function paint(node, context, scale) {
     copy: colour('copy'),
     select: colour('select'),
     ink: colour('ink'),
+    own: colour('own'),
     paper: colour('paper'),
     font: style.fontFamily,
   }

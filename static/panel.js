@@ -133,10 +133,9 @@ class Panel {
     this.own.poke()
   }
 
-  /** The page says who the viewer is: what may be seen depends on it, so everything is asked for again. */
   _newViewer() {
     this._setViewer()
-    this.feed.restart()
+    this.feed.viewerChanged()
     this._schedule()
   }
 
@@ -258,7 +257,7 @@ class Header {
   }
 }
 
-const LEGEND = { private: 'One session', system: 'System prompt', shared: 'Shared otherwise', idle: 'Idle', free: 'Free' }
+const LEGEND = { private: 'One session', system: 'System prompt', shared: 'Other shared', idle: 'Idle', free: 'Free' }
 const PARTS = { shared: ['Shared', 'sharedCount'], pinned: ['Pinned', 'pinned'], resting: ['Resting', 'resting'] }
 const TALLIES = {
   hit_tokens: ['Prefix hits', 'hits'],

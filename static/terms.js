@@ -25,7 +25,7 @@ export const TERMS = {
   table: 'Maps logical blocks (0, 1, 2 … in the order of the text) to physical blocks (anywhere in the pool). Attention looks up every token through it.',
   trunk: 'Its blocks exist once. Every session’s table starts with them and leaves the trunk where its own text begins.',
   ledger: 'Without paging, every sequence reserves room for the longest text it might reach, in one piece. The numbers compare that with the blocks in use now.',
-  contiguous: 'Sequences × longest possible text (max_model_len), in slots. Dark: slots that hold a token. Hatched: reserved, never written.',
+  contiguous: 'Sequences × longest possible text (max_model_len), in slots. Solid: slots that hold a token. Hatched: reserved, never written.',
   paged: 'Used blocks × block size, in slots. A block that many share counts once. Hatched: slots that are still empty.',
   saved: 'Σ (reference count − 1) over all blocks with at least two references, × bytes per block.',
   empty: 'Σ (block size − filled slots) over all used blocks. Only a sequence’s last block can have empty slots, so this is all that paging wastes.',

@@ -139,6 +139,37 @@ test('it sends the view token; one that is not known any more it leaves out', as
   feed.stop()
 })
 
+test('a viewer who becomes known gets a stream of their own, where it makes a difference', async () => {
+  for (const [scope, asks] of [['aggregate', 2], ['full', 1]]) {
+    const server = new Server(`viewer-${scope}`)
+    server.first = () => message('snapshot', 'e-10', { ...snapshot(), scope })
+    const viewer = {}
+    const { feed, model } = started(server, viewer)
+    await until(() => model.loaded)
+    viewer.token = 'secret'
+    feed.viewerChanged()
+    await new Promise((resolve) => setTimeout(resolve, 50))
+    assert.equal(server.asked.length, asks)
+    assert.equal(server.asked.at(-1)['Last-Event-ID'], undefined)
+    feed.stop()
+  }
+})
+
+test('a viewer who becomes known before the first snapshot is asked for at once', async () => {
+  const server = new Server('early')
+  const viewer = {}
+  server.first = (headers) => {
+    viewer.token = 'secret'
+    return message('snapshot', headers.Authorization ? 'mine-5' : 'e-10', { ...snapshot(), scope: 'self' }) + delta(11)
+  }
+  const { feed } = started(server, viewer)
+  await server.asks(2)
+  await until(() => feed._lastId === 'e-11')
+  assert.deepEqual(server.asked.map((asked) => asked.Authorization), [undefined, 'Bearer secret'])
+  assert.equal(server.asked[1]['Last-Event-ID'], undefined)
+  feed.stop()
+})
+
 test('a server without the routes is not asked again', async () => {
   const server = new Server('off')
   server.refuses = () => 404
