@@ -8,6 +8,7 @@ import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -110,6 +111,11 @@ def logits_at(module: PreTrainedModel, token_ids: Tensor, positions: Tensor, wan
     `wanted` is a tensor of indices always: some models do other things when it is a number.
     """
     inputs = {"input_ids": token_ids, "position_ids": positions, "use_cache": False}
-    if "logits_to_keep" in inspect.signature(module.forward).parameters:
+    if _keeps_some_logits(type(module)):
         return module(**inputs, logits_to_keep=wanted).logits
     return module(**inputs).logits[:, wanted]
+
+
+@cache
+def _keeps_some_logits(kind: type[PreTrainedModel]) -> bool:
+    return "logits_to_keep" in inspect.signature(kind.forward).parameters

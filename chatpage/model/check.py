@@ -121,8 +121,8 @@ def self_check(module: PreTrainedModel, found: Probe, *, max_positions: int) -> 
     if not difference <= allowed:
         raise ModelError(
             f"models of the family {module.config.model_type!r} give other logits with paged attention than with their "
-            f"own: they differ by {difference:.2g} of their spread, of which rounding to {_name(module.dtype)} explains "
-            f"{allowed:.2g}."
+            f"own: they differ by {difference:.2g} of their spread, and rounding to {_name(module.dtype)} explains no "
+            f"more than {allowed:.2g}."
         )
     return notes
 
