@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chatpage.conversation import Conversation
 from chatpage.engine import Engine, Stream
-from chatpage.errors import ChatPageError, Unavailable
+from chatpage.errors import ChatPageError, RequestError, Unavailable
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Delta
 from chatpage.settings import Settings
@@ -34,7 +34,7 @@ KEEP_TEXT = 600.0  # seconds that the text of a closed tab is kept
 CUSTOM = "Custom text, private to this chat"
 
 # Temperature, top-p, top-k, max tokens, seed.
-DEFAULTS = [0.7, 0.95, 0, None, None]
+DEFAULTS = [0.7, 0.95, 0, "", ""]
 
 LATEX = [
     {"left": "$$", "right": "$$", "display": True},
@@ -96,7 +96,7 @@ def mount_page(app: Starlette, engine: Engine, settings: Settings) -> Starlette:
         app,  # pyright: ignore[reportArgumentType]: any Starlette application will do
         build(engine, settings),
         path="/",
-        footer_links=["gradio", "settings"],
+        footer_links=["gradio"],
         run_history=False,
         app_kwargs={"middleware": [Middleware(ContentPolicy)]},
         show_error=False,
@@ -141,6 +141,10 @@ class Visitors:
         """The conversation of this tab, also if the tab was away."""
         if key in self._gone:
             self._here[key] = self._gone.pop(key)[1]
+        return self._here.get(key)
+
+    def peek(self, key: str) -> Conversation | None:
+        """The conversation of this tab while it is open."""
         return self._here.get(key)
 
     def open(self, key: str, system_prompt: str | None) -> Conversation:
@@ -234,8 +238,8 @@ class Page:
                 self.top_p = gr.Slider(0.05, 1, step=0.05, label="Top-p", info="1 keeps every token.")
             with gr.Row():
                 self.top_k = gr.Slider(0, 200, step=1, label="Top-k", info="0 keeps every token.")
-                self.max_tokens = gr.Number(label="Max tokens", precision=0, info="Empty: the server's limit.")
-                self.seed = gr.Number(label="Seed", precision=0, info="Empty: a new draw each time.")
+                self.max_tokens = gr.Textbox(label="Max tokens", info="Empty: the server's limit.", lines=1)
+                self.seed = gr.Textbox(label="Seed", info="Empty: a new draw each time.", lines=1)
             self.reset = gr.Button("Reset", size="sm", elem_id="reset")
         for component, value in zip(self._sampling(), DEFAULTS, strict=True):
             component.value = value
@@ -295,6 +299,8 @@ class Page:
         if text and text.strip():
             async for update in self._answer(values, request, lambda talk, params: talk.say(text, params), sent=True):
                 yield update
+        else:
+            yield self._truth(_key(request))
 
     async def ask_example(
         self, values: dict[Any, Any], event: gr.SelectData, request: gr.Request
@@ -322,7 +328,7 @@ class Page:
     async def start_again(self, values: dict[Any, Any], request: gr.Request) -> dict[Any, Any]:
         """New chat, with the system prompt that is chosen now."""
         try:
-            conversation = self._conversation(_key(request), self._system_prompt(values), fresh=True)
+            conversation = self.visitors.open(_key(request), self._system_prompt(values))
         except ChatPageError as error:
             gr.Warning(str(error))
             return {self.status: gr.skip()}
@@ -356,7 +362,7 @@ class Page:
             stream = begin(conversation, self._params(values))
         except ChatPageError as error:
             gr.Warning(str(error))
-            yield self._unchanged(key)
+            yield self._truth(key)
             return
         yield {
             self.chat: drawn(conversation.messages),
@@ -366,31 +372,28 @@ class Page:
         history, text = drawn(_before_answer(conversation.messages)), ""
         async with contextlib.aclosing(stream):
             async for delta in _paced(stream):
+                if self.visitors.peek(key) is not conversation:
+                    break  # the tab was closed or began a new chat
                 text += delta.text
-                if self.visitors.find(key) is not conversation:
-                    return  # the tab was closed or began a new chat
                 if delta.error:
                     gr.Warning(delta.error)
                 shown = history + drawn([{"role": "assistant", "content": text}]) if text else history
                 yield {self.chat: shown, self.status: _status_html(progress.line(delta))}
-        yield {self.chat: drawn(conversation.messages), self.message: _idle()}
+        yield self._truth(key)
 
-    def _conversation(self, key: str, system_prompt: str | None, *, fresh: bool = False) -> Conversation:
-        """This tab's conversation. The system prompt that is chosen counts from its next beginning."""
+    def _conversation(self, key: str, system_prompt: str | None) -> Conversation:
+        """This tab's conversation; a new one where none has begun with another system prompt."""
         conversation = self.visitors.find(key)
-        changed = conversation is None or conversation.system_prompt != system_prompt
-        if conversation is None or (changed and (fresh or not conversation.messages)):
-            return self.visitors.open(key, system_prompt)
-        if fresh:
-            conversation.clear()
-        return conversation
+        if conversation and (conversation.messages or conversation.system_prompt == system_prompt):
+            return conversation
+        return self.visitors.open(key, system_prompt)
 
-    def _unchanged(self, key: str) -> dict[Any, Any]:
-        """The chat as the server has it: an edit that was refused is drawn away."""
-        conversation = self.visitors.find(key)
+    def _truth(self, key: str) -> dict[Any, Any]:
+        """The chat as the server has it now. Gradio repeats the last update when a handler ends, so it must be true."""
+        conversation = self.visitors.peek(key)
         if conversation is None or conversation.busy:
             return {self.status: gr.skip()}
-        return {self.chat: drawn(conversation.messages)}
+        return {self.chat: drawn(conversation.messages), self.message: _idle()}
 
     def _system_prompt(self, values: dict[Any, Any]) -> str | None:
         """The chosen system prompt; None is the server's default."""
@@ -400,7 +403,13 @@ class Page:
 
     def _params(self, values: dict[Any, Any]) -> SamplingParams:
         temperature, top_p, top_k, max_tokens, seed = (values[component] for component in self._sampling())
-        return SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed)
+        return SamplingParams(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=int(top_k),
+            max_tokens=_whole("max_tokens", max_tokens),
+            seed=_whole("seed", seed),
+        )
 
 
 async def _paced(stream: Stream) -> AsyncIterator[Delta]:
@@ -413,6 +422,16 @@ async def _paced(stream: Stream) -> AsyncIterator[Delta]:
 
 def _before_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+
+
+def _whole(name: str, text: str | None) -> int | None:
+    """The number in a field that may be empty."""
+    if not text or not text.strip():
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise RequestError(f"{name} is {text!r}; it must be a whole number.", param=name) from None
 
 
 def _key(request: gr.Request) -> str:

@@ -20,7 +20,8 @@ _VERBATIM = re.compile(
     """,
     re.DOTALL | re.MULTILINE | re.VERBOSE,
 )
-_TAG_OR_IMAGE = re.compile(r"(\\*)(<(?=[A-Za-z/!?])|!(?=\[))")
+_TAG = re.compile(r"(\\*)<(?=[A-Za-z/!?])")
+_IMAGE = re.compile(r"(\\*)!(?=\[)")
 _MERMAID = re.compile(r"([`~])(?=mermaid\b)")
 
 
@@ -56,12 +57,21 @@ def _verbatim(match: re.Match[str]) -> str:
 
 
 def _escape(prose: str) -> str:
-    """A backslash before every `<` that could open a tag and every `!` that could open an image."""
-    return _TAG_OR_IMAGE.sub(lambda m: m[0] if len(m[1]) % 2 else rf"{m[1]}\{m[2]}", prose)
+    """Write every `<` that could open a tag as an entity, and a backslash before every `!` that could open an image.
+
+    A backslash is not enough for the tag: a bare address before it would swallow the backslash.
+    """
+    prose = _TAG.sub(lambda m: _even(m[1]) + "&lt;", prose)
+    return _IMAGE.sub(lambda m: _even(m[1]) + r"\!", prose)
 
 
 def _unescape(prose: str) -> str:
-    return _TAG_OR_IMAGE.sub(lambda m: m[1][:-1] + m[2] if len(m[1]) % 2 else m[0], prose)
+    return _IMAGE.sub(lambda m: _even(m[1]) + "!", prose.replace("&lt;", "<"))
+
+
+def _even(backslashes: str) -> str:
+    """Without the one that would escape what comes next."""
+    return backslashes[: len(backslashes) // 2 * 2]
 
 
 def drawn(messages: list[dict[str, str]]) -> list[dict[str, Any]]:

@@ -57,6 +57,7 @@ def theme() -> Base:
         input_border_color="*border_color_primary",
         input_border_color_focus="*primary_600",
         input_border_color_focus_dark="*primary_400",
+        input_border_width="1px",
         input_radius="10px",
         button_large_radius="8px",
         button_small_radius="8px",

@@ -7,13 +7,13 @@ with hostile text, with errors, while the engine loads) is tested apart from the
 import asyncio
 import re
 import secrets
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from chatpage.errors import Busy, RequestError, Unavailable
+from chatpage.errors import RequestError, Unavailable
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Delta
+from chatpage.stream import Stream
 
 SYSTEM = "You are a patient tutor who explains how a server keeps the memory of many chats in blocks."
 
@@ -33,7 +33,7 @@ class Session:
 
 
 def echo(text: str) -> str:
-    return f"You said: {text}. " + "A block is a fixed number of slots. " * 8
+    return f"You said: {text}. " + "A block is a fixed number of slots. " * 4
 
 
 @dataclass
@@ -41,7 +41,7 @@ class FakeEngine:
     """`reply` makes the answer of a message, `delay` is the time between two words in seconds."""
 
     reply: Callable[[str], str] = echo
-    delay: float = 0.03
+    delay: float = 0.01
     status: str = "ready"
     detail: str = "Ready"
     model_name: str = "fake-model"
@@ -55,6 +55,8 @@ class FakeEngine:
     systems: list[System] = field(default_factory=lambda: [System("default", SYSTEM, tuple(range(83)))])
     sessions: dict[str, Session] = field(default_factory=dict)
     refuse: Exception | None = None
+    asked: list[SamplingParams] = field(default_factory=list)
+    prompts: list[str | None] = field(default_factory=list)
 
     def open_session(self) -> Session:
         if self.status != "ready":
@@ -70,41 +72,37 @@ class FakeEngine:
         return key in self.sessions
 
 
-class FakeStream:
-    """Words of one answer; ends with a `done` delta, early after `cancel`."""
+class Speech:
+    """One answer, spoken into a stream word by word; it ends early when the stream is cancelled."""
 
     def __init__(self, engine: FakeEngine, messages: list[dict[str, str]]) -> None:
-        self.cancelled = False
-        self._deltas = self._speak(engine, messages)
+        self.cancelled = self.done = False
+        self.stream = Stream(self._cancel)
+        self._prompt_tokens = 90 + 12 * len(messages)
+        self._task = asyncio.create_task(self._speak(engine, messages))
 
-    async def _speak(self, engine: FakeEngine, messages: list[dict[str, str]]) -> AsyncIterator[Delta]:
-        words = re.findall(r"\S+\s*|\s+", engine.reply(messages[-1]["content"]))
-        prompt = 90 + 12 * len(messages)
-        yield Delta("queued", prompt_tokens=prompt)
-        yield Delta("prefill", prompt_tokens=prompt, cached_tokens=83, computed_tokens=83)
-        await asyncio.sleep(engine.delay * 2)
-        messages.append({"role": "assistant", "content": ""})
-        said = 0
-        for said, word in enumerate(words, start=1):
-            if self.cancelled:
-                break
-            messages[-1]["content"] += word
-            yield Delta("decode", word, (said,), prompt, 83, prompt, said)
-            await asyncio.sleep(engine.delay)
-        reason = "abort" if self.cancelled else "stop"
-        yield Delta("done", "", (), prompt, 83, prompt, said, finish_reason=reason)
-
-    def cancel(self) -> None:
+    def _cancel(self) -> None:
         self.cancelled = True
 
-    def __aiter__(self) -> "FakeStream":
-        return self
+    def _put(self, state: str, text: str = "", said: int = 0, computed: int = 83, reason: str | None = None) -> None:
+        self.stream.put(Delta(state, text, (), self._prompt_tokens, 83, computed, said, reason))
+        Stream.wake([self.stream])
 
-    async def __anext__(self) -> Delta:
-        return await anext(self._deltas)
-
-    async def aclose(self) -> None:
-        self.cancel()
+    async def _speak(self, engine: FakeEngine, messages: list[dict[str, str]]) -> None:
+        self._put("queued", computed=0)
+        await asyncio.sleep(engine.delay)
+        self._put("prefill")
+        await asyncio.sleep(engine.delay)
+        words = re.findall(r"\S+\s*|\s+", engine.reply(messages[-1]["content"]))
+        messages.append({"role": "assistant", "content": ""})
+        said = 0
+        while said < len(words) and not self.cancelled:
+            messages[-1]["content"] += words[said]
+            said += 1
+            self._put("decode", words[said - 1], said, self._prompt_tokens)
+            await asyncio.sleep(engine.delay)
+        self.done = True
+        self._put("done", "", said, self._prompt_tokens, "abort" if self.cancelled else "stop")
 
 
 class FakeConversation:
@@ -113,48 +111,37 @@ class FakeConversation:
         self.system_prompt = system_prompt
         self.session = engine.open_session()
         self.messages: list[dict[str, str]] = []
-        self.stream: FakeStream | None = None
-        self.spoken_until = 0.0
+        self.speech: Speech | None = None
 
     @property
     def busy(self) -> bool:
-        last = self.messages[-1]["role"] if self.messages else "assistant"
-        return time.monotonic() < self.spoken_until and not (self.stream and self.stream.cancelled and last)
+        return self.speech is not None and not self.speech.done
 
-    def say(self, text: str, params: SamplingParams) -> FakeStream:
+    def say(self, text: str, params: SamplingParams) -> Stream:
+        return self._ask(len(self.messages), text, params)
+
+    def regenerate(self, params: SamplingParams) -> Stream:
+        index = len(self.messages) // 2 * 2 - 2
+        return self._ask(index, self.messages[index]["content"], params)
+
+    def edit(self, index: int, text: str, params: SamplingParams) -> Stream:
+        return self._ask(index, text, params)
+
+    def _ask(self, index: int, text: str, params: SamplingParams) -> Stream:
         if self.busy:
-            raise RequestError("An answer is still being written; stop it or wait for its end.")
+            raise RequestError("The last answer is still being written; stop it first.")
         if self.engine.refuse:
             raise self.engine.refuse
-        if len(text) > 20_000:
-            raise RequestError(f"The message has {len(text)} characters; at most 20000 are allowed.")
-        self.messages.append({"role": "user", "content": text})
-        words = len(re.findall(r"\S+\s*|\s+", self.engine.reply(text)))
-        self.spoken_until = time.monotonic() + self.engine.delay * (words + 2)
-        self.stream = FakeStream(self.engine, self.messages)
-        return self.stream
-
-    def regenerate(self, params: SamplingParams) -> FakeStream:
-        last = max(i for i, message in enumerate(self.messages) if message["role"] == "user")
-        return self.edit(last, self.messages[last]["content"], params)
-
-    def edit(self, index: int, text: str, params: SamplingParams) -> FakeStream:
-        if self.busy:
-            raise RequestError("An answer is still being written; stop it or wait for its end.")
-        del self.messages[index:]
-        return self.say(text, params)
+        self.engine.asked.append(params)
+        self.engine.prompts.append(self.system_prompt)
+        self.messages[index:] = [{"role": "user", "content": text}]
+        self.speech = Speech(self.engine, self.messages)
+        return self.speech.stream
 
     def stop(self) -> None:
-        if self.stream:
-            self.stream.cancel()
-
-    def clear(self) -> None:
-        self.stop()
-        self.messages = []
+        if self.speech:
+            self.speech.stream.cancel()
 
     def close(self) -> None:
         self.stop()
         self.engine.close_session(self.session.key)
-
-
-FULL = Busy("64 requests wait already; try again in a moment.")

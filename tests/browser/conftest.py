@@ -1,0 +1,138 @@
+"""A real Chromium, and servers for it to look at."""
+
+import contextlib
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
+
+import pytest
+import uvicorn
+from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, sync_playwright
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """One browser a module: while it runs it holds this thread's event loop, which other tests need."""
+    with sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        except Error as error:
+            reason = f"no Chromium to test the page with: {error.message.splitlines()[0]}"
+            pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+        yield browser
+        browser.close()
+
+
+class Visitor:
+    """A browser context with one page, and what should not have happened in it."""
+
+    def __init__(self, browser: Browser, url: str, **options) -> None:
+        self.url = url
+        self.context = browser.new_context(**{"viewport": {"width": 1400, "height": 900}, **options})
+        self.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        self.complaints: list[str] = []
+        self.page = self.open()
+
+    def open(self) -> Page:
+        """A further tab of the same browser."""
+        page = self.context.new_page()
+        page.set_default_timeout(15_000)
+        page.on("console", self._on_console)
+        page.on("pageerror", lambda error: self.complaints.append(f"exception: {error}"))
+        page.on("request", self._on_request)
+        page.on("dialog", lambda dialog: (self.complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.goto(self.url)
+        return page
+
+    def _on_console(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.complaints.append(f"console: {message.text}")
+
+    def _on_request(self, request: Request) -> None:
+        address = urlsplit(request.url)
+        if address.scheme.startswith("http") and address.netloc != urlsplit(self.url).netloc:
+            self.complaints.append(f"another host: {request.url}")
+
+    # -- what a visitor does --------------------------------------------------------------------------------------
+
+    def write(self, text: str) -> None:
+        self.page.locator("#message textarea").fill(text)
+
+    def send(self, text: str) -> None:
+        self.write(text)
+        self.page.locator("#message textarea").press("Enter")
+
+    def ask(self, text: str) -> str:
+        """Send, and wait for the end of the answer."""
+        answers = self.page.get_by_test_id("bot").count()
+        self.send(text)
+        self.page.get_by_test_id("bot").nth(answers).wait_for()
+        self.wait_idle()
+        return self.answer()
+
+    def wait_idle(self) -> None:
+        self.page.locator("#message .submit-button").wait_for()
+
+    def answer(self) -> str:
+        return self.page.get_by_test_id("bot").last.inner_text()
+
+    def status(self) -> str:
+        return self.page.locator("#status p").inner_text()
+
+    def toast(self) -> str:
+        """The sentence of the newest toast."""
+        return self.page.locator(".toast-body").last.inner_text()
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Callable[..., Visitor]]:
+    """Opens a page as a new visitor; at the end nobody may have seen an error or reached another host."""
+    visitors: list[Visitor] = []
+
+    def visit(url: str, **options) -> Visitor:
+        visitors.append(Visitor(browser, url, **options))
+        return visitors[-1]
+
+    yield visit
+    for visitor in visitors:
+        visitor.context.close()
+    assert [visitor.complaints for visitor in visitors] == [[] for _ in visitors]
+
+
+@contextlib.contextmanager
+def served(app) -> Iterator[str]:
+    """The application on a free port of this machine, for as long as the block lasts: its address."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        wait_until(lambda: server.started or not thread.is_alive())
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listener.close()
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 15.0) -> None:
+    """Look every 10 ms until the condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"did not happen within {seconds} s"
+        time.sleep(0.01)

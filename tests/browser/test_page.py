@@ -1,0 +1,250 @@
+"""The page by itself, with an engine that pretends: what it shows, and that a refusal loses nothing."""
+
+from collections.abc import Iterator
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from chatpage.errors import Busy
+from chatpage.settings import Settings
+from chatpage.web import page as page_module
+from tests.browser.conftest import served, wait_until
+from tests.browser.fake import SYSTEM, FakeConversation, FakeEngine, System, echo
+
+PANEL = """
+export function mount(element) {
+    window.addEventListener('chatpage:viewer', () => { element.textContent = 'I am ' + window.chatpageViewer.session })
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[tuple[str, FakeEngine]]:
+    """The page with a pretending engine; a test may change what the engine does."""
+    engine = FakeEngine()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page_module, "Conversation", FakeConversation)
+        app = Starlette(routes=[Route("/panel/panel.js", _panel)])
+        with served(page_module.mount_page(app, engine, Settings(model=None))) as url:
+            yield url, engine
+
+
+async def _panel(request: Request) -> Response:
+    return Response(PANEL, media_type="text/javascript")
+
+
+@pytest.fixture
+def url(site) -> str:
+    return site[0]
+
+
+@pytest.fixture
+def engine(site) -> Iterator[FakeEngine]:
+    """The engine, as it was before once the test is over."""
+    engine = site[1]
+    before = dict(vars(engine))
+    yield engine
+    vars(engine).update(before)
+
+
+def test_an_answer_streams_and_its_end_is_told(url, engine, visit):
+    engine.delay = 0.08
+    visitor = visit(url)
+    visitor.send("hello")
+    visitor.page.get_by_test_id("bot").wait_for()
+    some = visitor.answer()
+    assert "Generating" in visitor.status()
+    wait_until(lambda: len(visitor.answer()) > len(some))
+    visitor.wait_idle()
+    assert visitor.answer() == echo("hello").strip()
+    assert "83 of" in visitor.status()
+    assert "prompt tokens from shared blocks" in visitor.status()
+    assert "tokens/s" in visitor.status()
+
+
+def test_the_page_tells_what_answers_here_and_the_panel_who_looks(url, visit):
+    page = visit(url).page
+    page.get_by_text("fake-model · cpu, float32 · block size 16 · equal text is shared by all sessions").wait_for()
+    page.get_by_text("I am ").wait_for()
+
+
+def test_while_the_engine_loads_nothing_is_lost(url, engine, visit):
+    engine.status, engine.detail = "starting", "Loading the bundled model"
+    visitor = visit(url)
+    visitor.page.locator("#status").get_by_text("Loading the bundled model").wait_for()
+    visitor.send("hello")
+    visitor.page.locator(".toast-body").wait_for()
+    assert "Loading the bundled model" in visitor.toast()
+    assert visitor.page.locator("#message textarea").input_value() == "hello"
+    engine.status, engine.detail = "ready", "Ready"
+    visitor.page.locator("#status").get_by_text("Ready").wait_for()
+    assert visitor.ask("hello") == echo("hello").strip()
+
+
+def test_a_failed_engine_is_one_sentence(url, engine, visit):
+    engine.status, engine.detail = "failed", "--model is '/nowhere'; there is no such folder."
+    visit(url).page.locator("#status").get_by_text("--model is '/nowhere'; there is no such folder.").wait_for()
+
+
+def test_a_refusal_is_said_and_the_text_stays(url, engine, visit):
+    engine.refuse = Busy("320 requests are running or waiting, and 320 is the most; try again.")
+    visitor = visit(url)
+    visitor.page.locator("#status").get_by_text("Ready").wait_for()
+    visitor.send("a long thought")
+    visitor.page.locator(".toast-body").wait_for()
+    assert "320 requests are running or waiting" in visitor.toast()
+    assert visitor.page.locator("#message textarea").input_value() == "a long thought"
+    engine.refuse = None
+    visitor.page.locator("#message textarea").press("Enter")
+    visitor.page.get_by_test_id("bot").wait_for()
+
+
+def test_wrong_settings_are_refused_by_name(url, visit):
+    visitor = visit(url)
+    visitor.page.get_by_role("button", name="Settings").click()
+    visitor.page.get_by_label("Max tokens").fill("0")
+    visitor.send("hello")
+    visitor.page.locator(".toast-body").wait_for()
+    assert "max_tokens is 0; it must be a whole number from 1" in visitor.toast()
+
+
+def test_an_empty_message_is_ignored(url, engine, visit):
+    visitor = visit(url)
+    visitor.send("   ")
+    visitor.ask("hello")
+    assert visitor.page.get_by_test_id("user").count() == 1
+
+
+def test_one_answer_at_a_time(url, engine, visit):
+    engine.delay = 0.1
+    visitor = visit(url)
+    visitor.send("first")
+    visitor.page.get_by_test_id("bot").wait_for()
+    visitor.send("second")
+    visitor.page.locator(".toast-body").wait_for()
+    assert "The last answer is still being written; stop it first." in visitor.toast()
+    assert visitor.page.locator("#message textarea").input_value() == "second"
+
+
+@pytest.mark.parametrize("how", ["button", "escape"])
+def test_stop(how, url, engine, visit):
+    engine.delay = 0.1
+    visitor = visit(url)
+    visitor.send("hello")
+    visitor.page.get_by_test_id("bot").wait_for()
+    if how == "button":
+        visitor.page.locator("#message .stop-button").click()
+    else:
+        visitor.page.keyboard.press("Escape")
+    visitor.wait_idle()
+    assert visitor.status().startswith("Stopped · ")
+    assert len(visitor.answer()) < len(echo("hello"))
+    assert visitor.page.locator("[data-testid=status-tracker]").get_by_text("Error").count() == 0
+    engine.delay = 0.01
+    visitor.ask("and now")
+    assert visitor.page.get_by_test_id("bot").count() == 2
+
+
+def test_shift_enter_starts_a_line(url, engine, visit):
+    visitor = visit(url)
+    visitor.write("one")
+    visitor.page.locator("#message textarea").press("Shift+Enter")
+    visitor.page.keyboard.type("two")
+    visitor.page.keyboard.press("Enter")
+    visitor.page.get_by_test_id("user").wait_for()
+    assert visitor.page.get_by_test_id("user").inner_text().split() == ["one", "two"]
+
+
+def test_edit_and_retry(url, engine, visit):
+    engine.delay = 0.02
+    visitor = visit(url)
+    visitor.ask("one <b>bold</b> word")
+    visitor.ask("two")
+    visitor.page.get_by_role("button", name="Retry").click()
+    visitor.page.locator("#message .stop-button").wait_for()
+    visitor.wait_idle()
+    assert visitor.page.get_by_test_id("user").count() == 2
+    visitor.page.get_by_role("button", name="Edit").first.click()
+    editor = visitor.page.locator("#chat textarea")
+    editor.fill(editor.input_value() + " more")
+    visitor.page.get_by_role("button", name="Submit").click()
+    visitor.page.get_by_text("You said: one <b>bold</b> word more").wait_for()
+    visitor.wait_idle()
+    assert visitor.page.get_by_test_id("user").all_inner_texts() == ["one <b>bold</b> word more"]
+
+
+def test_an_example_is_asked(url, visit):
+    visitor = visit(url)
+    visitor.page.get_by_text("What is a block table?").click()
+    visitor.page.get_by_text("You said: What is a block table?").wait_for()
+
+
+def test_settings_reach_the_engine(url, engine, visit):
+    visitor = visit(url)
+    visitor.page.get_by_role("button", name="Settings").click()
+    visitor.page.get_by_label("Seed").fill("7")
+    visitor.page.get_by_label("Max tokens").fill("40")
+    visitor.ask("hello")
+    assert (engine.asked[-1].seed, engine.asked[-1].max_tokens) == (7, 40)
+    visitor.page.get_by_role("button", name="Reset", exact=True).click()
+    wait_until(lambda: visitor.page.get_by_label("Seed").input_value() == "")
+    visitor.ask("hello")
+    assert (engine.asked[-1].seed, engine.asked[-1].max_tokens) == (None, None)
+
+
+def test_a_new_chat_may_have_another_system_prompt(url, engine, visit):
+    engine.systems = [System("default", SYSTEM, (1, 2)), System("pirate", "You are a pirate.", (1, 3))]
+    visitor = visit(url)
+    visitor.ask("hello")
+    visitor.page.get_by_role("button", name="Settings").click()
+    visitor.page.get_by_label("System prompt", exact=True).click()
+    visitor.page.get_by_role("option", name="pirate, shared").click()
+    visitor.page.get_by_role("button", name="New chat").click()
+    visitor.page.get_by_test_id("user").wait_for(state="detached")
+    visitor.ask("hello")
+    visitor.page.get_by_label("System prompt", exact=True).click()
+    visitor.page.get_by_role("option", name="Custom text, private to this chat").click()
+    visitor.page.get_by_label("Text of the system prompt").fill("You are a cook.")
+    visitor.ask("goes on as a pirate")
+    visitor.page.get_by_role("button", name="New chat").click()
+    visitor.page.get_by_test_id("user").first.wait_for(state="detached")
+    visitor.ask("hello")
+    assert engine.prompts[-4:] == [None, "You are a pirate.", "You are a pirate.", "You are a cook."]
+
+
+def test_a_new_chat_ends_the_running_answer(url, engine, visit):
+    engine.delay = 0.1
+    visitor = visit(url)
+    visitor.send("hello")
+    visitor.page.get_by_test_id("bot").wait_for()
+    visitor.page.get_by_role("button", name="New chat").click()
+    visitor.page.get_by_test_id("bot").wait_for(state="detached")
+    visitor.wait_idle()
+    visitor.page.wait_for_timeout(400)
+    assert visitor.page.get_by_test_id("bot").count() == 0
+    assert visitor.status() == "Ready"
+
+
+def test_a_closed_tab_ends_its_session(url, engine, visit):
+    engine.delay = 1.0
+    visitor = visit(url)
+    visitor.page.locator("#status").get_by_text("Ready").wait_for()
+    visitor.send("hello")
+    visitor.page.locator("#message .stop-button").wait_for()
+    open_before = len(engine.sessions)
+    visitor.page.close()
+    wait_until(lambda: len(engine.sessions) == open_before - 1, seconds=2)
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_nothing_is_wider_than_the_window(width, url, engine, visit):
+    engine.reply = lambda text: "A-very-long-word" * 20 + "\n\n```\n" + "code " * 100 + "\n```\n"
+    visitor = visit(url, viewport={"width": width, "height": 844})
+    visitor.ask("hello")
+    assert visitor.page.evaluate("document.documentElement.scrollWidth") <= width
+    columns = visitor.page.locator("#columns > .column").all()
+    tops = {round(column.bounding_box()["y"]) for column in columns}
+    assert len(tops) == (1 if width >= 900 else 2)
