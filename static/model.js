@@ -41,6 +41,7 @@ export class Model {
     this.fill = new Uint8Array(numBlocks + 1)
     this.pinned = new Uint8Array(numBlocks + 1)
     this._held = new Uint16Array(numBlocks + 1)
+    this.copiedFrom = new Map() // block -> the block that it was copied from, as far as the events told
     this.system = new Map() // name -> {name, tokens, table}
     this.sessions = new Map() // id -> {id, state, sequences: Map(id -> {id, parent, at, tokens, table})}
     this._sequences = new Map() // sequence id -> {session, view}
@@ -136,6 +137,7 @@ export class Model {
     this._place(event)
     this._set(event.block, USED, event.ref)
     this.fill[event.block] = 0
+    this.copiedFrom.delete(event.block)
     this.counters.allocated++
   }
 
@@ -154,6 +156,7 @@ export class Model {
 
   _on_copy(event) {
     this.fill[event.block] = event.fill
+    this.copiedFrom.set(event.block, event.source)
     this.counters.copied++
     this.dirty.add(event.block)
   }
@@ -214,6 +217,7 @@ export class Model {
   _free(block) {
     this._set(block, FREE, 0)
     this.fill[block] = 0
+    this.copiedFrom.delete(block)
     this.counters.freed++
   }
 
@@ -301,6 +305,7 @@ export class Model {
   /** Sessions whose table holds the first block of a system prompt. */
   sharers(system) {
     const first = system.table[0]
+    if (this._hidesOthers()) return this.ref[first] ?? 0
     let sharers = 0
     for (const { sequences } of this.sessions.values()) {
       for (const { table } of sequences.values()) {

@@ -170,9 +170,14 @@ export class Narration {
 
   update() {
     const lines = this.story.lines(this.filter).slice(-SHOWN).reverse()
-    setText(this.empty, lines.length ? '' : EMPTY[this.filter])
+    setText(this.empty, lines.length ? '' : this._nothing())
     this.empty.hidden = lines.length > 0
+    this.list.hidden = !lines.length
     reconcile(this.list, lines, (line) => line.id, (line) => this._create(line), (node, line) => this._update(node, line))
+  }
+
+  _nothing() {
+    return this.story.model.scope === 'self' ? 'This server shows states only, no single events.' : EMPTY[this.filter]
   }
 
   _create(line) {

@@ -244,7 +244,8 @@ class Header {
   setStatus(state, detail) {
     setData(this.status, { state })
     setText(this.word, state)
-    if (detail) setText(this.detail, state === 'off' ? `This server does not show its blocks: ${detail}.` : `${detail}.`)
+    const said = state === 'off' ? 'This server does not show its blocks' : detail
+    if (said) setText(this.detail, `${said.replace(/\.$/, '')}.`)
     this.detail.hidden = state !== 'off' && (this._loaded || !this.detail.textContent)
   }
 

@@ -110,13 +110,11 @@ class Chips {
     this.root = el('div', { class: 'kv-chips' })
   }
 
-  /** `copied`: the logical block that is a copy of the trunk's, or -1. */
-  update(table, tokens, copied = -1) {
+  update(table, tokens) {
     const items = table.map((block, logical) => ({ block, logical }))
     reconcile(this.root, items, (item) => item.logical, newChip, (node, { block, logical }) => {
       const held = Math.min(this.model.blockSize, tokens - logical * this.model.blockSize)
       updateChip(node, this.model, block, logical, Math.max(0, held))
-      node.classList.toggle('kv-copied', logical === copied)
     })
   }
 }
@@ -135,6 +133,7 @@ function updateChip(node, model, block, logical, held) {
   const ref = model.ref[block]
   setData(node, { block, role: model.role(block) })
   setText(index, String(logical))
+  node.classList.toggle('kv-copied', model.copiedFrom.has(block))
   setText(id, String(block))
   setText(refs, ref >= 2 ? `×${ref}` : '')
   const height = `${(100 * held) / model.blockSize}%`
@@ -170,28 +169,25 @@ class OwnTable {
     setData(this.root, { tokens, blocks: table.join(','), state: session.state, sequence: sequence.id })
     setText(this.state, session.state)
     setText(this.size, `${plural(tokens, 'token')} in ${plural(table.length, 'block')}`)
-    const trunk = this.model.trunkOf(table)
-    const copied = trunk && isCopied(trunk, table) ? trunk.blocks : -1
-    setText(this.leaves, leaving(trunk, table, copied))
-    this.chips.update(table, tokens, copied)
+    setText(this.leaves, leaving(this.model, table))
+    this.chips.update(table, tokens)
     this.slots.update(table, tokens, this.model.blockSize)
     this.text.update(text)
   }
 }
 
-/** Whether the block after the shared ones is a copy of the trunk's last one, which the prompt only partly fills. */
-function isCopied({ system, blocks }, table) {
-  return blocks === system.table.length - 1 && table.length > blocks
-}
-
 /** Where a table leaves the trunk, as a sentence. */
-function leaving(trunk, table, copied) {
+function leaving(model, table) {
+  const trunk = model.trunkOf(table)
   if (!trunk) return 'Shares nothing with a system prompt.'
   const { system, blocks } = trunk
   const all = system.table.length
   if (blocks === all) return `Shares all ${plural(all, 'block')} of the system prompt.`
-  if (copied < 0) return `Shares ${blocks} of ${all} blocks of the system prompt.`
-  return `Shares ${blocks} of ${all} blocks. Block ${system.table[copied]} ends inside, so writing on copied it: ${system.table[copied]} → ${table[copied]}.`
+  const last = system.table[blocks], next = table[blocks]
+  const shares = `Shares ${blocks} of ${all} blocks.`
+  if (blocks < all - 1 || next === undefined) return shares
+  if (model.copiedFrom.get(next) === last) return `${shares} The prompt ends inside block ${last}, so writing on copied it: ${last} → ${next}.`
+  return `${shares} The prompt ends inside block ${last}; this table has block ${next} in its place.`
 }
 
 /** The last block, one square a slot. */
@@ -295,13 +291,18 @@ class Others {
     const others = [...model.sessions.values()].filter((session) => session.id !== model.own)
     const shown = others.slice(0, OTHERS).map((session) => outline(model, session))
     const longest = Math.max(1, ...shown.map((row) => row.blocks.length))
-    setText(this.title, others.length ? count(others.length) : 'nobody else now: open a second tab and see the trunk become ×2')
+    setText(this.title, others.length ? count(others.length) : NOBODY[model.scope] ?? NOBODY.full)
     this.head.hidden = this.list.hidden = !others.length
     reconcile(this.list, shown, (row) => row.id, newOther, (node, row) => updateOther(node, row, longest))
     const left = others.length - shown.length
     setText(this.more, left > 0 ? `and ${count(left)} more` : '')
     this.more.hidden = left <= 0
   }
+}
+
+const NOBODY = {
+  full: 'nobody else now: open a second tab and see the trunk become ×2',
+  self: 'not shown by this server, only counted in the pool',
 }
 
 /** What a row shows of a session: the blocks of all its sequences, each once, by role. */
