@@ -272,7 +272,10 @@ class Pool {
   constructor({ model, select, map }) {
     Object.assign(this, { model, select, map })
     this.total = el('span', { class: 'kv-total' })
-    this.inspector = el('p', { class: 'kv-inspector', 'aria-live': 'polite' })
+    this.inspector = el('p', { class: 'kv-inspector' })
+    // Read aloud only to whoever walks the map by keys, not whenever a pointer passes over something.
+    map.root.addEventListener('focus', () => this.inspector.setAttribute('aria-live', 'polite'))
+    map.root.addEventListener('blur', () => this.inspector.removeAttribute('aria-live'))
     this._buildCounts()
     this._buildTallies()
     this._buildTable()
