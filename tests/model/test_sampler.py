@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import chatpage.model.sampler as sampler
 from chatpage.model.batch import Draw
 from chatpage.model.sampler import sample, uniform
 from chatpage.schedule.params import SamplingParams
@@ -123,6 +124,13 @@ def test_a_row_that_is_not_finite_gets_no_token(params, bad):
 def test_half_precision_logits():
     tokens = sample(LOGITS.bfloat16().expand(200, -1), draws(SamplingParams(top_p=0.9), 200))
     assert set(tokens) <= {0, 1, 3, 6, 7}
+
+
+@pytest.mark.parametrize(("number", "token"), [(0.0, 1), (1 - 2.0**-40, 2)])
+def test_the_ends_of_the_range_hit_no_impossible_token(number, token, monkeypatch):
+    monkeypatch.setattr(sampler, "uniform", lambda *_: number)
+    logits = torch.tensor([[-math.inf, 0.1, 0.2, -math.inf]])
+    assert sampler.sample(logits, draws(SamplingParams(), 1)) == [token]
 
 
 def test_no_draws():
