@@ -180,7 +180,12 @@ class Engine:
         return key in self._sessions
 
     def describe(self, view_token: str) -> dict[str, Any] | None:
-        """The tokens of one's own session with their places (`GET /kv/me`), or None for an unknown view token."""
+        """The tokens of one's own session with their places (`GET /kv/me`), or None for an unknown view token.
+
+        Raises:
+            Unavailable: the engine is not ready.
+        """
+        self._require_ready()
         with self._lock:
             session = self._sessions.get(self._viewers.get(view_token, ""))
         if session is None:
@@ -211,7 +216,7 @@ class Engine:
         text = self.systems[0].text
         if messages and messages[0].get("role") in SYSTEM_ROLES:
             text = messages[0].get("content")
-        elif text:
+        elif messages and text:
             messages = [{"role": "system", "content": text}, *messages]
         size = sum(len(str(message.get("content")).encode("utf-8", "replace")) for message in messages)
         if size > MAX_BYTES_PER_TOKEN * self.max_model_len:
@@ -360,8 +365,11 @@ class Engine:
         self._settled.set()
         with self._lock:
             self._ended = True
+        is_loaded = hasattr(self, "_scheduler")  # otherwise there is nothing that a command could change
         while not self._commands.empty():
-            self._commands.get()()
+            command = self._commands.get()
+            if is_loaded:
+                command()
         for turn in list(self._turns.values()):
             if self.status == "failed":
                 self._finish(turn, "error", error=self.detail)
@@ -448,7 +456,13 @@ class Engine:
         prompt = Prompt(system.tokens, len(system.tokens))
         sequence = self._scheduler.submit(session, prompt, SamplingParams(), draws=False)
         while sequence.computed < len(sequence.tokens):
-            self._compute(self._scheduler.schedule())
+            step = self._scheduler.schedule()
+            if step.exhausted:
+                raise SettingError(
+                    f"--kv-blocks is {self.num_blocks}, but the system prompts need more: allow more, or shorten "
+                    "or leave out a --system-prompt."
+                )
+            self._compute(step)
         sequence.table.publish(sequence.tokens, sequence.computed, tail=True)
         for logical, block in enumerate(sequence.table.blocks):
             self._pool.pin(block, logical=logical, at=len(system.tokens), name=system.name)

@@ -16,7 +16,7 @@ class Stream(AsyncIterator[Delta]):
     engine's thread.
     """
 
-    def __init__(self, cancel: Callable[[], None], listener: Callable[[Delta], None] | None = None) -> None:
+    def __init__(self, cancel: Callable[[], object], listener: Callable[[Delta], None] | None = None) -> None:
         self._cancel = cancel
         self._listener = listener
         self._lock = threading.Condition()
