@@ -48,7 +48,9 @@ def test_usage_tells_what_was_shared(served: Served):
     system = len(served.engine.systems[0].tokens)
     first = ask(served, messages=[{"role": "user", "content": "Nobody asked this before 1."}])
     assert first.usage.prompt_tokens_details.cached_tokens >= system
-    private = ask(served, messages=[{"role": "system", "content": "Zebra."}, {"role": "user", "content": "Quite new 2."}])
+    private = ask(
+        served, messages=[{"role": "system", "content": "Zebra."}, {"role": "user", "content": "Quite new 2."}]
+    )
     assert private.usage.prompt_tokens_details.cached_tokens < system
 
 
@@ -152,7 +154,9 @@ def test_leaving_at_once(fake: tuple[str, FakeEngine]):
     url, engine = fake
     host, port = url.removeprefix("http://").split(":")
     body = b'{"messages": [{"role": "user", "content": "hi"}], "stream": true}'
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     for _ in range(10):
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(head.encode() + body)

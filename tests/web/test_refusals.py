@@ -41,8 +41,18 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"{\xff}", b'\xef\xbb\xbf{"messages": []}', b'"text"', b"[]", b"1", b"null", b"[" * 100_000]
-    + [b'{"seed": ' + b"1" * 5001 + b"}"],
+    [
+        b"",
+        b"{",
+        b"{\xff}",
+        b'\xef\xbb\xbf{"messages": []}',
+        b'"text"',
+        b"[]",
+        b"1",
+        b"null",
+        b"[" * 100000,
+        b'{"seed": ' + b"1" * 5001 + b"}",
+    ],
 )
 def test_bodies_that_are_no_json_object(client: httpx.Client, body: bytes):
     answer = post(client, body)
@@ -222,7 +232,10 @@ anything = st.recursive(
 )
 messages = st.lists(
     st.fixed_dictionaries(
-        {"role": st.sampled_from(["system", "user", "assistant", "tool", "x"]), "content": st.text(max_size=30) | anything}
+        {
+            "role": st.sampled_from(["system", "user", "assistant", "tool", "x"]),
+            "content": st.text(max_size=30) | anything,
+        }
     ),
     max_size=4,
 )
