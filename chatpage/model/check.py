@@ -30,8 +30,8 @@ BLOCK_SIZE = 4
 CHUNK = 7
 DECODES = 3
 
-# Logits may differ by so many times what one more rounding in every layer does to them (0.1 to 1 times is usual, wrong
-# attention is at 3 or far above), and always by so much of their spread.
+# Logits may differ by so many times what one more rounding in every layer does to them, and always by so much of their
+# spread. Measured: 0.1 to 1 times without fault; with wrong attention over 2 in bfloat16, 80,000 in float32.
 ROUNDING = 2.0
 NEGLIGIBLE = 1e-4
 
