@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, sync_playwright
 
+TIMEOUT = 20_000  # ms; much more than anything takes on a machine that has nothing else to do
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -21,6 +22,7 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--disable-features=LocalNetworkAccessChecks",  # a test frames this machine's page in one of another origin
 ]
 
 
@@ -50,7 +52,7 @@ class Visitor:
     def open(self) -> Page:
         """A further tab of the same browser."""
         page = self.context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(TIMEOUT)
         page.on("console", self._on_console)
         page.on("pageerror", lambda error: self.complaints.append(f"exception: {error}"))
         page.on("request", self._on_request)
@@ -78,9 +80,13 @@ class Visitor:
 
     def ask(self, text: str) -> str:
         """Send, and wait for the end of the answer."""
-        answers = self.page.get_by_test_id("bot").count()
-        self.send(text)
-        self.page.get_by_test_id("bot").nth(answers).wait_for()
+        return self.answered(lambda: self.send(text))
+
+    def answered(self, act: Callable[[], object]) -> str:
+        """Do what makes the model answer, and wait for the end of that answer."""
+        self.page.locator("#status p").evaluate("line => line.classList.add('before')")
+        act()
+        self.page.locator("#status p:not(.before)").wait_for()
         self.wait_idle()
         return self.answer()
 

@@ -163,17 +163,31 @@ def test_edit_and_retry(url, engine, visit):
     visitor = visit(url)
     visitor.ask("one <b>bold</b> word")
     visitor.ask("two")
-    visitor.page.get_by_role("button", name="Retry").click()
-    visitor.page.locator("#message .stop-button").wait_for()
-    visitor.wait_idle()
+    visitor.answered(visitor.page.get_by_role("button", name="Retry").click)
     assert visitor.page.get_by_test_id("user").count() == 2
     visitor.page.get_by_role("button", name="Edit").first.click()
     editor = visitor.page.locator("#chat textarea")
     editor.fill(editor.input_value() + " more")
-    visitor.page.get_by_role("button", name="Submit").click()
-    visitor.page.get_by_text("You said: one <b>bold</b> word more").wait_for()
-    visitor.wait_idle()
+    answer = visitor.answered(visitor.page.get_by_role("button", name="Submit").click)
+    assert answer.startswith("You said: one <b>bold</b> word more")
     assert visitor.page.get_by_test_id("user").all_inner_texts() == ["one <b>bold</b> word more"]
+
+
+def test_a_tab_that_comes_back_goes_on_where_it_was():
+    """A connection that was lost looks like a closed tab."""
+    engine = FakeEngine()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page_module, "Conversation", FakeConversation)
+        visitors = page_module.Visitors(engine)
+        conversation = visitors.open("tab", None)
+        visitors.leave("tab")
+        assert not engine.sessions
+        assert visitors.peek("tab") is None
+        assert visitors.find("tab") is conversation
+        patch.setattr(page_module, "KEEP_TEXT", 0)
+        visitors.leave("tab")
+        visitors.leave("another")
+        assert visitors.find("tab") is None
 
 
 def test_an_example_is_asked(url, visit):
