@@ -198,15 +198,18 @@ class CacheMachine(RuleBasedStateMachine):
             count = (self.pool.available + spare) * self.pool.block_size
             assert self.grow([(sequence, [0] * count)]) == [sequence], "more was given than there is"
 
-    @rule(who=WHO, back=BACK, ends=st.booleans())
-    def fork(self, who: int, back: int, ends: bool) -> None:
-        """A branch that begins some tokens back from the end, and may end at once."""
+    @rule(who=WHO, back=BACK, tokens=st.lists(TOKENS, max_size=9), ends=st.booleans())
+    def fork(self, who: int, back: int, tokens: list[int], ends: bool) -> None:
+        """A branch that begins some tokens back from the end, may go on with others, and may end at once."""
         parent = self.pick(who)
         if parent and len(self.live) < MOST:
             at = max(0, len(parent.tokens) - back)
             self.ids += 1
             child = self.enter(parent.table.fork(self.ids, at, session=parent.session), parent.session)
             child.tokens = parent.tokens[:at]
+            if tokens:
+                self.grow([(child, tokens)])
+                self.publish_all(child)
             if ends:
                 self.publish_all(child, tail=True)
                 self.close(child)
@@ -382,7 +385,7 @@ def walk(seed: int, steps: int = 60) -> None:
         lambda who: machine.append(who, tokens(), flip()),
         lambda _: machine.step([tokens() for _ in range(random.randint(2, MOST))]),
         lambda who: machine.ask_too_much(who, random.randint(1, 3)),
-        lambda who: machine.fork(who, back(), flip()),
+        lambda who: machine.fork(who, back(), tokens() if flip() else [], flip()),
         lambda who: machine.publish(who, back()),
         lambda who: machine.rest(who),
         lambda who: machine.truncate(who, back()),

@@ -166,6 +166,20 @@ def test_idle_blocks_are_evicted_least_recently_used_and_tails_first() -> None:
     cache.check()
 
 
+def test_an_idle_block_can_be_pinned_and_is_never_evicted() -> None:
+    cache = Cache(4, 4)
+    table = cache.compute(range(6))
+    blocks = list(table.blocks)
+    table.release()
+    for logical, block in enumerate(blocks):
+        cache.pool.pin(block, logical=logical, at=6, name="tutor")
+    cache.check()
+    assert (cache.pool.available, cache.pool.idle) == (2, 0)
+    with pytest.raises(PoolFull):
+        cache.table().append(3 * 4)
+    assert cache.table().find(range(6)) == 6
+
+
 def test_a_full_pool_refuses_and_changes_nothing() -> None:
     pool = BlockPool(2, 4, EventLog())
     table = BlockTable(pool, 1, "a")

@@ -29,12 +29,13 @@ def walks(seeds: Iterable[int]) -> None:
 
 
 def test_walks() -> None:
-    walks(range(300))
+    walks(range(600))
 
 
 # -- faults: each is one line of the cache, wrong ----------------------------------------------------------------------
 
-evict, share, settle, forget = BlockPool._evict, BlockPool.share, BlockPool._settle, BlockPool._forget
+fork = BlockTable.fork
+allocate, share, evict, settle = BlockPool.allocate, BlockPool.share, BlockPool._evict, BlockPool._settle
 find, insert, remove = PrefixTree.find, PrefixTree.insert, PrefixTree.remove
 
 
@@ -124,9 +125,6 @@ def changes_something_before_it_refuses(
     return [block for logical in logicals for block in allocate(pool, sequence, [logical], reason)]
 
 
-allocate = BlockPool.allocate
-
-
 def publishes_below_a_block_that_has_gone(table: BlockTable) -> bool:
     node = table.pool.node[table.blocks[table._published]]
     return node is None or len(node.tokens) == table.pool.block_size
@@ -134,6 +132,14 @@ def publishes_below_a_block_that_has_gone(table: BlockTable) -> bool:
 
 def gives_a_block_two_names(table: BlockTable) -> bool:
     return table._node.block != 0
+
+
+def forks_to_a_node_that_the_child_does_not_have(
+    table: BlockTable, sequence: int, at: int, *, session: int
+) -> BlockTable:
+    child = fork(table, sequence, at, session=session)
+    child._node, child._published = table._node, table._published
+    return child
 
 
 def stays_at_the_node_of_a_block_that_it_gave_back(table: BlockTable) -> None:
@@ -148,6 +154,7 @@ FAULTS = [
     (BlockTable, "release", releases_twice),
     (BlockTable, "_may_publish", publishes_below_a_block_that_has_gone),
     (BlockTable, "_may_publish", gives_a_block_two_names),
+    (BlockTable, "fork", forks_to_a_node_that_the_child_does_not_have),
     (BlockTable, "_climb", stays_at_the_node_of_a_block_that_it_gave_back),
     (BlockPool, "needs_copy", misses_the_copy_of_a_shared_block),
     (BlockPool, "needs_copy", writes_into_a_pinned_block),

@@ -180,6 +180,20 @@ def test_of_two_blocks_with_equal_content_the_second_stays_private() -> None:
     cache.check()
 
 
+def test_two_branches_are_found_apart() -> None:
+    cache = Cache(10, 4)
+    table = cache.compute(range(12))
+    fork = table.fork(2, 6, session=1)
+    cache.tables.append(fork)
+    other = [0, 1, 2, 3, 4, 5, 66, 77, 88, 99]
+    fork.append(4)
+    fork.publish(other, 10, tail=True)
+    cache.check()
+    for branch, blocks in [(list(range(12)), table.blocks), (other, fork.blocks)]:
+        assert [node.block for node, _ in cache.pool.tree.find(branch, "a")] == blocks
+    assert sum(length for _, length in cache.pool.tree.find([*range(8), 88, 99], "a")) == 8
+
+
 def test_a_block_has_one_name_although_a_fork_published_less_of_it() -> None:
     cache = Cache(10, 4)
     table = cache.table()
