@@ -17,7 +17,8 @@ from chatpage.errors import SettingError
 from chatpage.settings import Settings
 from chatpage.web.app import create_app
 
-DRAIN_SECONDS = 2  # for open responses to end by themselves when the server stops
+DRAIN_SECONDS = 1.0  # for open responses to end by themselves when the server stops
+CANCEL_SECONDS = 2  # after which uvicorn cancels whatever is left
 POLL_SECONDS = 0.1
 
 
@@ -63,7 +64,7 @@ def launch(settings: Settings) -> None:
             access_log=False,  # Gradio's addresses hold session hashes, which open things
             server_header=False,
             ws="none",
-            timeout_graceful_shutdown=DRAIN_SECONDS,
+            timeout_graceful_shutdown=CANCEL_SECONDS,
         )
         server = _Server(config, engine, url_of(settings.host, listener.getsockname()[1]))
         with _quiet_end():
@@ -148,9 +149,18 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End the answers first: their streams then close by themselves, and only idle connections are left."""
-        stopping = asyncio.create_task(asyncio.to_thread(self.engine.stop))
+        stopping = asyncio.create_task(asyncio.to_thread(self.engine.stop, DRAIN_SECONDS))
+        hanging_up = asyncio.create_task(self._hang_up())
         await super().shutdown(sockets=sockets)
+        hanging_up.cancel()
         await stopping
+
+    async def _hang_up(self) -> None:
+        """Close what is still open after a while: the page's heartbeats, which never end by themselves."""
+        await asyncio.sleep(DRAIN_SECONDS)
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:  # asked twice: at once

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 SESSION_HEADER = "X-ChatPage-Session"
 PING_SECONDS = 15
-STOP_SECONDS = 2  # for a stream to say good-bye when the server stops
+STOP_SECONDS = 1  # for a stream to say good-bye when the server stops
 DONE = b"data: [DONE]\n\n"
 
 

@@ -50,7 +50,7 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
         b"[]",
         b"1",
         b"null",
-        b"[" * 100000,
+        b"[" * 100_000,
         b'{"seed": ' + b"1" * 5001 + b"}",
     ],
 )
