@@ -6,6 +6,7 @@ from typing import Literal
 from chatpage.schedule.params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+TurnState = Literal["queued", "prefill", "decode", "preempted", "done"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Delta:
         error: with `error`: one sentence.
     """
 
-    state: Literal["queued", "prefill", "decode", "preempted", "done"]
+    state: TurnState
     text: str = ""
     tokens: tuple[int, ...] = ()
     prompt_tokens: int = 0

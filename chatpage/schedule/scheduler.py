@@ -41,8 +41,12 @@ class Chunk:
 
     @property
     def reaches_end(self) -> bool:
-        """Whether the next token can be drawn after this chunk."""
         return self.start + self.count == len(self.sequence.tokens)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the next token is drawn after this chunk."""
+        return self.sequence.draws and self.reaches_end
 
 
 @dataclass(slots=True)

@@ -122,7 +122,7 @@ def inside(engine: Engine, look: Callable[[], T]) -> T:
 
 def blocks(engine: Engine) -> dict[str, int]:
     """The numbers of blocks that the events add up to."""
-    return inside(engine, lambda: (engine._hand_out_events(), engine._view.counts())[1])
+    return inside(engine, lambda: (engine.core._hand_out_events(), engine.core.view.counts())[1])
 
 
 def held(engine: Engine) -> int:
@@ -133,15 +133,15 @@ def held(engine: Engine) -> int:
 
 def assert_clean(engine: Engine) -> None:
     """With every session closed, nobody holds a block and nothing is remembered of any request."""
-    for key in list(engine._sessions):
+    for key in list(engine._sessions._by_key):
         engine.close_session(key)
     assert held(engine) == 0
-    inside(engine, engine._check)
-    scheduler = engine._scheduler
+    inside(engine, engine.core.check)
+    scheduler = engine.core.scheduler
     queues = scheduler.running, scheduler.waiting, scheduler.preempted, scheduler.resting
-    assert not any([*queues, engine._turns, engine._sessions, engine._viewers, engine._open_requests])
-    assert sum(engine._pool.ref) == 0
-    assert engine._view.sessions == {}
+    assert not any([*queues, engine.core.turns, engine._sessions, engine._sessions._keys, engine._open_requests])
+    assert sum(engine.core.pool.ref) == 0
+    assert engine.core.view.sessions == {}
 
 
 class Steps:
@@ -151,8 +151,8 @@ class Steps:
         self.rows: list[list[Row]] = []
         self.copies: list[tuple[int, int]] = []
         self.events: list[Event] = []
-        self._run = engine._runner.run
-        engine._runner.run = self._record
+        self._run = engine.core.runner.run
+        engine.core.runner.run = self._record
         engine.subscribe(self._hear)
         inside(engine, lambda: None)
 

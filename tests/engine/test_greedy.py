@@ -136,8 +136,8 @@ def one_token_too_many(row: Row) -> Row:
 def test_a_wrong_context_would_be_seen(
     engine: Engine, oracle: Oracle, fault: Callable[[Row], Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = engine._runner.run
-    monkeypatch.setattr(engine._runner, "run", lambda rows, copies: run([fault(row) for row in rows], copies))
+    run = engine.core.runner.run
+    monkeypatch.setattr(engine.core.runner, "run", lambda rows, copies: run([fault(row) for row in rows], copies))
     prompt, tokens = answer(engine, QUESTIONS[0])
     assert tokens != oracle.answer(prompt)
 

@@ -30,7 +30,7 @@ def system_prompt(block_size: int, *, aligned: bool) -> str:
 def entering(engine: Engine) -> Iterator[list[int]]:
     """How many tokens enter the model, a number a step."""
     counts: list[int] = []
-    embedding = engine._runner.loaded.module.get_input_embeddings()
+    embedding = engine.core.runner.loaded.module.get_input_embeddings()
     hook = embedding.register_forward_hook(lambda module, inputs, output: counts.append(inputs[0].numel()))
     try:
         yield counts
@@ -166,7 +166,7 @@ def test_requests_without_a_session_share_by_owner(
 
 def held_bytes(engine: Engine, block: int, slots: int) -> list[Tensor]:
     """Keys and values of a block's first slots, in all layers."""
-    pool = engine._runner.pool
+    pool = engine.core.runner.pool
     return [layer[block, :slots].clone() for layer in (*pool.keys, *pool.values)]
 
 
@@ -175,7 +175,7 @@ def same(before: list[Tensor], after: list[Tensor]) -> bool:
 
 
 def test_the_system_prompts_bytes_never_change(engine: Engine) -> None:
-    pool, size = engine._pool, engine.block_size
+    pool, size = engine.core.pool, engine.block_size
     before = {block: held_bytes(engine, block, size) for block in pool.pinned}
     assert len(before) == -(-len(engine.systems[0].tokens) // size)
     assert all(layer[: pool.fill[block]].any(dim=(1, 2)).all() for block in before for layer in before[block])
@@ -189,7 +189,7 @@ def test_the_system_prompts_bytes_never_change(engine: Engine) -> None:
 def test_no_step_writes_what_others_can_see(launch: Callable[..., Engine]) -> None:
     """Before and after every step of a crowd that shares a pool too small for it."""
     engine = launch(sharing="all", kv_blocks=60, max_model_len=96, max_step_tokens=16)
-    pool, run, checked = engine._pool, engine._runner.run, set()
+    pool, run, checked = engine.core.pool, engine.core.runner.run, set()
 
     def guarded(rows: list[Row], copies: list[tuple[int, int]] | None = None) -> list[int | None]:
         written = {row.table[p // 4] for row in rows if row.store for p in range(row.start, row.context)}
@@ -203,18 +203,18 @@ def test_no_step_writes_what_others_can_see(launch: Callable[..., Engine]) -> No
         checked.update(frozen)
         return drawn
 
-    engine._runner.run = guarded
+    engine.core.runner.run = guarded
     with paused(engine):
         streams = [ask(engine, QUESTION[: 8 + n], greedy(12), session=engine.open_session()) for n in range(12)]
     assert {read(stream).reason for stream in streams} == {"length"}
     assert len(checked) > 20
-    assert engine._view.counters["copied"] > 3
+    assert engine.core.view.counters["copied"] > 3
 
 
 def test_a_copied_blocks_head_is_its_sources(engine: Engine) -> None:
     steps = Steps(engine)
     read(ask(engine, QUESTION, session=engine.open_session()))
-    inside(engine, engine._hand_out_events)
+    inside(engine, engine.core._hand_out_events)
     (copy,) = steps.kinds("copy")
     assert steps.copies == [(copy.source, copy.block)]
     assert copy.fill == len(engine.systems[0].tokens) % engine.block_size > 0
@@ -239,7 +239,7 @@ def test_after_a_stop_nothing_of_the_turn_runs_and_its_table_rests(engine: Engin
     assert conversation.messages[-1] == {"role": "assistant", "content": written}
 
     steps = Steps(engine)
-    (session,) = engine._scheduler.resting
+    (session,) = engine.core.scheduler.resting
     assert session.id == conversation.session.id
     assert session.resting is not None
     table = session.resting.table

@@ -1,0 +1,372 @@
+"""The heart of the engine, without a thread: model, pool, scheduler and turns, one step at a time.
+
+    submit ─▶ scheduler ─▶ step ─▶ model ─▶ token ─▶ text ─▶ stream
+                  │                                    │
+                block tables ─▶ events ─▶ listeners    └─ ended? its table rests
+
+Everything here belongs to the one thread that calls it.
+"""
+
+import logging
+import secrets
+from collections import Counter
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import lru_cache
+
+from chatpage import tutor
+from chatpage.cache.pool import BlockPool
+from chatpage.errors import RequestError, SettingError
+from chatpage.events import Event, EventLog, Snapshot
+from chatpage.model.batch import Draw, Row
+from chatpage.model.kv import bytes_per_block, free_memory, num_blocks_for
+from chatpage.model.load import LoadedModel, load
+from chatpage.model.step import ModelRunner
+from chatpage.schedule.params import SamplingParams
+from chatpage.schedule.request import Delta, FinishReason, Prompt, Request, TurnState
+from chatpage.schedule.scheduler import Chunk, Scheduler, Step
+from chatpage.schedule.sequence import Sequence
+from chatpage.schedule.session import Session
+from chatpage.settings import Settings
+from chatpage.stream import Stream
+from chatpage.text.answer import Answer
+from chatpage.text.template import ChatTemplate
+from chatpage.trace import Trace
+
+log = logging.getLogger(__name__)
+
+Listener = Callable[[Snapshot | None, list[Event]], None]
+
+DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant. Answer briefly and clearly, and say so when you do not know."
+FAILED_STEPS = 3  # in a row, after which it is no use to go on
+
+
+@dataclass(frozen=True, slots=True)
+class SystemPrompt:
+    """An operator's system prompt; `tokens` are those that every conversation under it begins with."""
+
+    name: str
+    text: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(eq=False, slots=True)
+class Turn:
+    """A sequence, its text and its reader."""
+
+    sequence: Sequence
+    answer: Answer
+    stream: Stream
+
+
+class Core:
+    """Loads a model, computes the system prompts, and then serves turns step by step.
+
+    Args:
+        say: is told, in a few words, what start-up does.
+
+    Raises:
+        ChatPageError: the model or a setting cannot be used.
+    """
+
+    def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
+        self.settings = settings
+        self.sharing = settings.resolved_sharing
+        say(f"Loading {settings.model or 'the bundled model'}")
+        self.loaded = load(settings.model or tutor.path(), device=settings.device, dtype=settings.dtype)
+        self.notes = list(self.loaded.notes)
+        self.tokenizer = self.loaded.tokenizer
+        self.stop_token_ids = self.loaded.stop_token_ids
+        self.template = ChatTemplate(self.tokenizer)
+        self.token_text = lru_cache(maxsize=65_536)(lambda token: self.tokenizer.decode([token]))
+        self.max_model_len = min(settings.max_model_len or self.loaded.max_positions, self.loaded.max_positions)
+        self.runner = _runner(self.loaded, settings, self.max_model_len)
+        self._events: list[Event] = []  # since they were handed out last
+        events = EventLog()
+        events.listeners.append(self._events.append)
+        self.pool = BlockPool(self.runner.pool.num_blocks, settings.block_size, events)
+        self.scheduler = Scheduler(
+            self.pool, max_sequences=settings.max_sequences, max_step_tokens=settings.max_step_tokens
+        )
+        self.view = Snapshot.empty(
+            events,
+            block_size=settings.block_size,
+            num_blocks=self.pool.num_blocks,
+            bytes_per_block=self.runner.pool.bytes_per_block,
+            max_model_len=self.max_model_len,
+        )
+        self.counts: Counter[str] = Counter()
+        self.turns: dict[int, Turn] = {}
+        self._listeners: list[Listener] = []
+        self._touched: set[Stream] = set()  # streams with something new since they were woken last
+        self._failed_steps = 0
+        if settings.trace:
+            self.add_listener(Trace(settings.trace, sharing=self.sharing))
+        say("Computing the system prompt")
+        texts = settings.system_prompt or [self._default_system_prompt()]
+        self.systems = [self._compute_system_prompt(number, text) for number, text in enumerate(texts, 1)]
+
+    # -- system prompts -------------------------------------------------------------------------------------------
+
+    def _default_system_prompt(self) -> str:
+        """The model's own, or none where its template takes none."""
+        text = tutor.system_prompt() if self.settings.model is None else DEFAULT_SYSTEM_PROMPT
+        try:
+            self.template.system_prefix(text)
+        except RequestError:
+            self.notes.append("This model's chat template takes no system prompt.")
+            return ""
+        return text
+
+    def _compute_system_prompt(self, number: int, text: str) -> SystemPrompt:
+        """Compute a system prompt once, and pin it, so that no session computes it again."""
+        name = "default" if number == 1 else f"system prompt {number}"
+        system = SystemPrompt(name, text, tuple(self.template.system_prefix(text)))
+        if len(system.tokens) + 1 >= self.max_model_len:
+            raise SettingError(
+                f"--system-prompt number {number} has {len(system.tokens)} tokens; it must leave room for a "
+                f"question and an answer in a context of {self.max_model_len}."
+            )
+        if self.sharing != "off" and system.tokens:
+            self._prefill_and_pin(system)
+        return system
+
+    def _prefill_and_pin(self, system: SystemPrompt) -> None:
+        session = Session(0, domain=None, keeps=False)
+        prompt = Prompt(system.tokens, len(system.tokens))
+        sequence = self.scheduler.submit(session, prompt, SamplingParams(), draws=False)
+        while sequence.computed < len(sequence.tokens):
+            step = self.scheduler.schedule()
+            if step.exhausted:
+                raise SettingError(
+                    f"--kv-blocks is {self.pool.num_blocks}, but the system prompts need more: allow more, or shorten "
+                    "or leave out a --system-prompt."
+                )
+            self._compute(step)
+        sequence.table.publish(sequence.tokens, sequence.computed, tail=True)
+        for logical, block in enumerate(sequence.table.blocks):
+            self.pool.pin(block, logical=logical, at=len(system.tokens), name=system.name)
+        self.scheduler.end(sequence, "the system prompt is computed")
+        self._hand_out_events()
+
+    # -- turns ----------------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def submit(self, request: Request, session: Session | None, stream: Stream) -> None:
+        """Queue a turn. One that is refused gets a `done` delta that says why."""
+        params, length = request.params, len(request.prompt.tokens)
+        try:
+            if session is None:
+                raise RequestError("The session was closed.")
+            if session.keeps and session.active:
+                raise RequestError("This session has a turn that is still running; wait for it, or stop it.")
+            seed = secrets.randbits(63) if params.seed is None else params.seed
+            sequence = self.scheduler.submit(session, request.prompt, params, seed=seed)
+        except RequestError as error:
+            stream.put(Delta("done", prompt_tokens=length, finish_reason="error", error=str(error)))
+            self._touched.add(stream)
+            return
+        limits = (self.max_model_len - length, params.max_tokens, self.settings.max_output_tokens)
+        answer = Answer(
+            self.tokenizer,
+            stop_token_ids=self.stop_token_ids,
+            stops=params.stop,
+            limit=min(limit for limit in limits if limit is not None),
+        )
+        turn = self.turns[sequence.id] = Turn(sequence, answer, stream)
+        self.counts["prompt_tokens"] += length
+        self._tell(turn, "queued")
+
+    def cancel(self, stream: Stream) -> None:
+        """End the turn of this stream, if it runs or waits."""
+        turn = next((turn for turn in self.turns.values() if turn.stream is stream), None)
+        if turn is not None:
+            self._finish(turn, "abort")
+
+    def close(self, session: Session) -> None:
+        """End a session's turn and release its blocks."""
+        for turn in [turn for turn in self.turns.values() if turn.sequence.session is session]:
+            self._finish(turn, "abort")
+        self.scheduler.wake(session, "the session was closed")
+
+    def expire(self, rested_before: float) -> None:
+        """Release tables that rest since before this moment of the monotonic clock."""
+        for session in list(self.scheduler.resting):
+            if session.rested_at > rested_before:
+                break  # longest rested first
+            self.scheduler.wake(session, "the session expired")
+
+    def end_all(self, error: str | None) -> None:
+        """Tell every reader that nothing more will come: the turn was cut off, or failed with this error."""
+        for turn in list(self.turns.values()):
+            self._finish(turn, "error" if error else "abort", error=error)
+        self.wake_readers()
+
+    # -- watching -------------------------------------------------------------------------------------------------
+
+    def add_listener(self, listener: Listener) -> None:
+        """Call `listener(snapshot, [])` now, with a copy of its own, and `listener(None, events)` after each step."""
+        self._hand_out_events()
+        listener(deepcopy(self.view), [])
+        self._listeners.append(listener)
+
+    def remove_listener(self, listener: Listener) -> None:
+        if listener in self._listeners:
+            self._listeners.remove(listener)
+
+    def places(self, session: Session) -> list[tuple[int, list[int], list[int]]]:
+        """Id, tokens that have a slot, and block table of each of a session's sequences."""
+        sequences = [turn.sequence for turn in self.turns.values() if turn.sequence.session is session]
+        if session.resting is not None:
+            sequences.append(session.resting)
+        return [(s.id, s.tokens[: s.table.length], list(s.table.blocks)) for s in sequences]
+
+    def check(self) -> None:
+        """Prove the cache's invariants, and that the events tell the same story as the pool."""
+        self.pool.check(self.scheduler.tables())
+        assert list(self.view.ref) == self.pool.ref, "the events and the pool disagree on references"
+        assert list(self.view.fill) == self.pool.fill, "the events and the pool disagree on fills"
+
+    # -- one step -------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Compute what the scheduler chooses, and tell readers and listeners what came of it.
+
+        Raises:
+            RuntimeError: too many steps failed one after another.
+        """
+        step = self.scheduler.schedule()
+        for sequence in step.preempted:
+            self._tell(self.turns[sequence.id], "preempted")
+        for sequence in step.exhausted:
+            self._finish(self.turns[sequence.id], "length")
+        if step.chunks:
+            try:
+                self._deliver(step, self._compute(step))
+                self._failed_steps = 0
+            except Exception:
+                log.exception("A step failed")
+                self._abandon(step)
+        self._hand_out_events()
+        self.wake_readers()
+        if self.settings.paranoid:
+            self.check()
+
+    def wake_readers(self) -> None:
+        Stream.wake(self._touched)
+        self._touched.clear()
+
+    def _compute(self, step: Step) -> list[int | None]:
+        """Run one step, and publish what it computed. Returns the token drawn for each chunk, if any."""
+        drawn = self.runner.run([_row(chunk) for chunk in step.chunks], step.copies)
+        for chunk, token in zip(step.chunks, drawn, strict=True):
+            if chunk.draws and token is None:
+                turn = self.turns[chunk.sequence.id]
+                self._finish(turn, "error", error="The model's output was not a number (NaN or infinite).")
+        self.scheduler.finish(step)
+        self.counts["steps"] += 1
+        self.counts["computed_tokens"] += sum(chunk.count for chunk in step.chunks)
+        return drawn
+
+    def _deliver(self, step: Step, drawn: list[int | None]) -> None:
+        for chunk, token in zip(step.chunks, drawn, strict=True):
+            turn = self.turns.get(chunk.sequence.id)
+            if turn is None:  # it failed in this step
+                continue
+            if token is None:
+                self._tell(turn, "prefill")
+                continue
+            turn.sequence.tokens.append(token)
+            self.counts["generated_tokens"] += 1
+            text, reason = turn.answer.add(token)
+            if reason is None:
+                self._tell(turn, "decode", text=text, tokens=(token,))
+            else:
+                self._finish(turn, reason, text=text, tokens=(token,))
+
+    def _abandon(self, step: Step) -> None:
+        """A step raised: its sequences end, all others go on."""
+        self._failed_steps += 1
+        for chunk in step.chunks:
+            turn = self.turns.get(chunk.sequence.id)
+            if turn is not None:
+                self._finish(turn, "error", error="The step that computed this answer failed; please try again.")
+        if self._failed_steps >= FAILED_STEPS:
+            raise RuntimeError(f"{FAILED_STEPS} steps failed one after another")
+
+    def _finish(
+        self,
+        turn: Turn,
+        reason: FinishReason,
+        *,
+        text: str = "",
+        tokens: tuple[int, ...] = (),
+        error: str | None = None,
+    ) -> None:
+        if reason in ("abort", "length") and not tokens:  # cut off from outside: what was held back is certain now
+            text = turn.answer.flush()
+        del self.turns[turn.sequence.id]
+        self.scheduler.end(turn.sequence, error or reason, failed=reason == "error")
+        self.counts[reason] += 1
+        self.counts["cached_tokens"] += turn.sequence.cached or 0
+        self._tell(turn, "done", text=text, tokens=tokens, finish_reason=reason, error=error)
+
+    def _tell(
+        self,
+        turn: Turn,
+        state: TurnState,
+        *,
+        text: str = "",
+        tokens: tuple[int, ...] = (),
+        finish_reason: FinishReason | None = None,
+        error: str | None = None,
+    ) -> None:
+        sequence = turn.sequence
+        turn.stream.put(
+            Delta(
+                state=state,
+                text=text,
+                tokens=tokens,
+                prompt_tokens=sequence.prompt_length,
+                cached_tokens=sequence.cached or 0,
+                computed_tokens=min(sequence.computed, sequence.prompt_length),
+                completion_tokens=sequence.generated,
+                finish_reason=finish_reason,
+                error=error,
+            )
+        )
+        self._touched.add(turn.stream)
+
+    def _hand_out_events(self) -> None:
+        if not self._events:
+            return
+        events = self._events[:]
+        self._events.clear()
+        self.view.apply_all(events)
+        for listener in self._listeners:
+            listener(None, events)
+
+
+def _runner(loaded: LoadedModel, settings: Settings, max_model_len: int) -> ModelRunner:
+    """The model with a pool of the size that the settings and the memory allow."""
+    num_blocks = num_blocks_for(
+        free_bytes=free_memory(loaded.device),
+        share=settings.kv_memory,
+        bytes_per_block=bytes_per_block(loaded.layers, settings.block_size, loaded.dtype),
+        kv_blocks=settings.kv_blocks,
+        max_model_len=max_model_len,
+        max_sequences=settings.max_sequences,
+        block_size=settings.block_size,
+        on_cpu=loaded.device.type == "cpu",
+    )
+    return ModelRunner(loaded, num_blocks=num_blocks, block_size=settings.block_size)
+
+
+def _row(chunk: Chunk) -> Row:
+    sequence, end = chunk.sequence, chunk.start + chunk.count
+    draw = Draw(sequence.params, sequence.seed, 0, end) if chunk.draws else None
+    return Row(sequence.tokens[chunk.start : end], chunk.start, sequence.table.blocks, chunk.stores, draw)

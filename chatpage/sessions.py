@@ -1,0 +1,85 @@
+"""Who is here: open sessions, by the secrets that open them."""
+
+import hashlib
+import hmac
+import itertools
+import secrets
+import threading
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from chatpage.schedule.session import Session
+
+MAX_SESSIONS = 10_000  # open at once; beyond it the one opened first is closed
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSession:
+    """What the server knows of a session.
+
+    Attributes:
+        key: opens it; for the server and its owner alone.
+        view_token: lets its owner see its tokens in the panel, and nothing else.
+        id: the pseudonym that events carry.
+    """
+
+    key: str
+    view_token: str
+    id: int
+
+
+class Sessions:
+    """All open sessions, and which sharing domain each belongs to. May be called from any thread.
+
+    Args:
+        sharing: `system` and `off` give each session a domain of its own, `all` puts everybody into one.
+    """
+
+    def __init__(self, sharing: str) -> None:
+        self._sharing = sharing
+        self._boot_key = secrets.token_bytes(32)
+        self._ids = itertools.count(1)
+        self._lock = threading.Lock()
+        self._by_key: dict[str, Session] = {}
+        self._keys: dict[str, str] = {}  # by view token
+        self._view_tokens: dict[str, str] = {}  # by key
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._by_key
+
+    def open(self) -> tuple[OpenSession, str | None]:
+        """A new session, and the key of the one that must be closed for it, if there are too many."""
+        key, view_token = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+        session = Session(next(self._ids), self._domain(None))
+        with self._lock:
+            crowded = next(iter(self._by_key)) if len(self._by_key) >= MAX_SESSIONS else None
+            self._by_key[key], self._keys[view_token], self._view_tokens[key] = session, key, view_token
+        return OpenSession(key, view_token, session.id), crowded
+
+    def close(self, key: str) -> Session | None:
+        """Forget a session. None where it is not open."""
+        with self._lock:
+            session = self._by_key.pop(key, None)
+            self._keys.pop(self._view_tokens.pop(key, ""), None)
+        return session
+
+    def get(self, key: str) -> Session | None:
+        return self._by_key.get(key)
+
+    def seen_by(self, view_token: str) -> Session | None:
+        """The session whose owner has this view token."""
+        return self._by_key.get(self._keys.get(view_token, ""))
+
+    def passing(self, owner: str | None) -> Session:
+        """A session for one request, which leaves when it ends. Requests of one owner share a domain."""
+        return Session(next(self._ids), self._domain(owner), keeps=False)
+
+    def _domain(self, owner: str | None) -> Hashable:
+        if self._sharing == "all":
+            return "all"
+        if owner is None:
+            return secrets.token_bytes(16)
+        return hmac.digest(self._boot_key, owner.encode(), hashlib.sha256)
