@@ -69,11 +69,11 @@ class Teacher:
             yield {"role": "assistant", "content": said}
 
     def pick(self) -> Topic:
-        """A topic; within the subject and small talk those with many phrasings come more often."""
+        """A topic; those with many phrasings come more often."""
         mix = self.mix
         groups = [self.subjects, self.outside, self.small]
         (topics,) = self.rng.choices(groups, [mix.subject, mix.outside, mix.small])
-        return self.rng.choices(topics, [len(topic.questions) for topic in topics])[0]
+        return self.rng.choices(topics, [len(topic.questions) ** 0.5 for topic in topics])[0]
 
     def answer(self, topic: Topic) -> str:
         """Mostly the topic's first answer, so that greedy decoding is sure of its way; sometimes another one."""

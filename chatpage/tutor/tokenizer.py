@@ -9,6 +9,7 @@ The space after `<|user|>` lets the first word of a question be the same token a
 with a special token, so the tokens of a chat are always a prefix of the tokens of the chat that goes on.
 """
 
+import json
 from collections.abc import Iterable
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -75,6 +76,13 @@ def train(corpus: Corpus, max_length: int) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_max_length=max_length,
     )
+
+
+def parts(coder: PreTrainedTokenizerFast) -> dict[int, list[int]]:
+    """For each token that was merged from two others: the ids of those."""
+    vocabulary = coder.get_vocab()
+    merges = json.loads(coder.backend_tokenizer.to_str())["model"]["merges"]
+    return {vocabulary[left + right]: [vocabulary[left], vocabulary[right]] for left, right in merges}
 
 
 def texts(corpus: Corpus) -> Iterable[str]:

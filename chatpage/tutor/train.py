@@ -7,6 +7,7 @@ one machine a second run gives the same losses up to the rounding of the GPU's k
 import argparse
 import json
 import math
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -36,9 +37,13 @@ class Plan:
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
     warmup: int = 100
+    dropout: float = 0.1
+    """Of the embeddings."""
+    split: float = 0.1
+    """How often a question's token is split into the two that it was merged from, so that new words look less new."""
     seed: int = 1
-    lessons: int = 65536
-    """Different short rows at most; long ones a sixteenth of them. Longer runs see them again in another order."""
+    lessons: int = 98304
+    """Different short rows at most; long ones a 24th of them. Longer runs see them again in another order."""
 
     @property
     def long_rows(self) -> int:
@@ -79,6 +84,9 @@ class Rows:
     labels: torch.Tensor
     """int16 [rows, length]: the tokens of answers and of their ends, IGNORE elsewhere."""
 
+    def to(self, device: torch.device) -> "Rows":
+        return Rows(self.tokens.to(device), self.labels.to(device))
+
     def batches(self, size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Endless batches of tokens and labels, int64 [size, length]."""
         generator = torch.Generator().manual_seed(seed)
@@ -90,20 +98,32 @@ class Rows:
             yield self.tokens[chosen].long(), self.labels[chosen].long()
 
 
-def make_rows(teacher: Teacher, coder: PreTrainedTokenizerFast, count: int, length: int, device: torch.device) -> Rows:
-    """That many conversations, cut to `length` tokens and filled up with padding."""
+def make_rows(teacher: Teacher, coder: PreTrainedTokenizerFast, count: int, length: int, split: float) -> Rows:
+    """That many conversations, cut to `length` tokens and filled up with padding; on the CPU."""
     chats = [tokenizer.render(teacher.conversation(turns(teacher, length))) for _ in range(count)]
+    parts = tokenizer.parts(coder)
     tokens = np.full((count, length), tokenizer.PAD, dtype=np.int16)
     for row, encoding in zip(tokens, coder.backend_tokenizer.encode_batch(chats), strict=True):
-        ids = encoding.ids[:length]
+        ids = split_questions(encoding.ids, parts, split, teacher.rng)[:length]
         row[: len(ids)] = ids
     labels = np.where(answered(tokens), tokens, np.int16(IGNORE))
-    return Rows(torch.from_numpy(tokens).to(device), torch.from_numpy(labels).to(device))
+    return Rows(torch.from_numpy(tokens), torch.from_numpy(labels))
+
+
+def split_questions(ids: list[int], parts: dict[int, list[int]], chance: float, rng: random.Random) -> list[int]:
+    """The ids with some tokens of users' turns replaced by the two that they were merged from: the same text."""
+    split: list[int] = []
+    asks = False
+    for id in ids:
+        if id <= tokenizer.ASSISTANT:
+            asks = id == tokenizer.USER
+        split += parts[id] if asks and id in parts and rng.random() < chance else [id]
+    return split
 
 
 def turns(teacher: Teacher, length: int) -> int:
     """How many turns: a short row begins a chat, a long one is filled."""
-    return teacher.rng.randint(1, 4) if length == SHORT else 24
+    return teacher.rng.randint(1, 5) if length == SHORT else 24
 
 
 def answered(tokens: np.ndarray) -> np.ndarray:
@@ -125,10 +145,13 @@ def optimizer(model: LlamaForCausalLM, plan: Plan, device: torch.device) -> torc
     return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda")
 
 
-def answer_loss(model: LlamaForCausalLM, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def answer_loss(
+    model: LlamaForCausalLM, tokens: torch.Tensor, labels: torch.Tensor, dropout: float = 0.0
+) -> torch.Tensor:
     """Mean cross-entropy of the answers' tokens, in nats."""
     with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=tokens.device.type == "cuda"):
-        logits = model(input_ids=tokens, use_cache=False).logits
+        embedded = F.dropout(model.get_input_embeddings()(tokens), dropout)
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
 
 
@@ -141,7 +164,8 @@ def fit(model: LlamaForCausalLM, short: Rows, long: Rows, plan: Plan) -> list[fl
     losses, total, counted = [], torch.zeros((), device=device), 0
     model.train()
     for step in range(1, plan.steps + 1):
-        loss = answer_loss(model, *next(long_batches if step % LONG_EVERY == 0 else short_batches))
+        batch = next(long_batches if step % LONG_EVERY == 0 else short_batches)
+        loss = answer_loss(model, *batch, dropout=plan.dropout)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
@@ -171,8 +195,8 @@ def train(out: Path, plan: Plan, device: torch.device) -> None:
     coder = tokenizer.train(corpus, CONTEXT)
     teacher = Teacher(corpus, plan.seed)
     count = min(plan.lessons, plan.steps * plan.rows)
-    short = make_rows(teacher, coder, count, SHORT, device)
-    long = make_rows(teacher, coder, max(1, count // 16), CONTEXT, device)
+    short = make_rows(teacher, coder, count, SHORT, plan.split).to(device)
+    long = make_rows(teacher, coder, max(1, count // 24), CONTEXT, plan.split).to(device)
     torch.manual_seed(plan.seed)
     model = LlamaForCausalLM(config())
     torch.nn.Module.to(model, device)
@@ -194,14 +218,23 @@ def train(out: Path, plan: Plan, device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m chatpage.tutor.train", description="Train the bundled model.")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--rows", type=int, help="short rows a step: 256 on a GPU, 32 on a CPU")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--dropout", type=float, default=0.1, help="of the embeddings")
+    parser.add_argument("--split", type=float, default=0.1, help="how often a token of a question is split in two")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     rows = given.rows or (256 if given.device == "cuda" else 32)
-    plan = Plan(given.steps, rows, learning_rate=given.learning_rate, seed=given.seed)
+    plan = Plan(
+        given.steps,
+        rows,
+        learning_rate=given.learning_rate,
+        dropout=given.dropout,
+        split=given.split,
+        seed=given.seed,
+    )
     train(given.out, plan, torch.device(given.device))
 
 

@@ -1,5 +1,6 @@
 """The bundled model answers its example questions, and its training script works."""
 
+import random
 import subprocess
 import sys
 
@@ -8,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatpage import tutor
-from chatpage.tutor import texts
+from chatpage.tutor import texts, tokenizer
 from chatpage.tutor.evaluate import Judge, Question, Tutor, card, exam, summary
-from chatpage.tutor.train import Plan, answered, config, train
+from chatpage.tutor.train import Plan, answered, config, split_questions, train
 
 corpus = texts.load()
 judge = Judge(corpus)
@@ -75,6 +76,16 @@ def test_loss_counts_answers_and_their_ends_only() -> None:
     ]
     tokens = coder.apply_chat_template(chat, return_tensors="np", return_dict=True)["input_ids"]
     assert coder.decode(tokens[0][answered(tokens)[0]]) == "Because.<|end|>Bye!<|end|>"
+
+
+def test_split_questions_spell_the_same_text() -> None:
+    coder = AutoTokenizer.from_pretrained(tutor.path())
+    chat = [{"role": "user", "content": "what is a block table"}, {"role": "assistant", "content": "A block table"}]
+    ids = coder.apply_chat_template(chat, return_dict=False)
+    split = split_questions(ids, tokenizer.parts(coder), 1.0, random.Random(0))
+    assert coder.decode(split) == coder.decode(ids)
+    assert split.index(tokenizer.END) > ids.index(tokenizer.END)
+    assert split[split.index(tokenizer.ASSISTANT) :] == ids[ids.index(tokenizer.ASSISTANT) :]
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
