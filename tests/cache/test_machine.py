@@ -29,7 +29,7 @@ def walks(seeds: Iterable[int]) -> None:
 
 
 def test_walks() -> None:
-    walks(range(600))
+    walks(range(300))
 
 
 # -- faults: each is one line of the cache, wrong ----------------------------------------------------------------------
