@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import gc
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -47,6 +48,7 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         from chatpage.launch import launch  # late: torch and Gradio take seconds, and --help needs neither
 
         launch(settings)
+        gc.freeze()  # the process ends now: to collect all of torch first would take seconds
     except ChatPageError as error:
         print(f"chatpage: {error}", file=sys.stderr)
         return 2

@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
+import anyio
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -35,6 +36,7 @@ BACKLOG = 64  # messages that a viewer may leave unread
 ME_PER_SECOND = 4
 ME_TOKENS = 4096  # view tokens whose use is remembered
 PING_SECONDS = 15
+STOP_SECONDS = 1  # for a stream to end by itself when the server stops
 
 
 class Viewer:
@@ -43,6 +45,7 @@ class Viewer:
     def __init__(self, session: int, first: list[bytes]) -> None:
         self.session = session
         self.stale = False
+        self.closed = False
         self._messages: deque[bytes] = deque(first)
         self._more = asyncio.Event()
 
@@ -57,9 +60,14 @@ class Viewer:
             self._messages.append(message)
         self._more.set()
 
+    async def close_when(self, stopping: anyio.Event) -> None:
+        await stopping.wait()
+        self.closed = True
+        self._more.set()
+
     async def wait(self) -> list[bytes]:
-        """The messages that have come since the last call; none where the viewer has become stale."""
-        while not self._messages and not self.stale:
+        """The messages that have come since the last call; none where the viewer has become stale or closed."""
+        while not (self._messages or self.stale or self.closed):
             self._more.clear()
             await self._more.wait()
         messages = list(self._messages)
@@ -201,12 +209,13 @@ class Hub:
 
     # -- viewers --------------------------------------------------------------------------------------------------
 
-    async def watch(self, session: int, last_id: str) -> AsyncIterator[bytes]:
+    async def watch(self, session: int, last_id: str, stopping: anyio.Event) -> AsyncIterator[bytes]:
         """Everything that one viewer gets: a snapshot, or what it has missed, then deltas until it leaves."""
         viewer = Viewer(session, self._first(session, last_id))
         self.viewers.add(viewer)
+        closing = asyncio.create_task(viewer.close_when(stopping))
         try:
-            while True:
+            while not viewer.closed:
                 for message in await viewer.wait():
                     yield message
                 if viewer.stale:
@@ -215,6 +224,7 @@ class Hub:
                     yield sse_event("resync", None, "{}")
                     yield snapshot
         finally:
+            closing.cancel()
             self.viewers.discard(viewer)
 
     def _first(self, session: int, last_id: str) -> list[bytes]:
@@ -252,10 +262,13 @@ class Routes:
             raise Unavailable(f"{self.engine.detail}; please try again in a moment.")
         if len(self.hub.viewers) >= MAX_VIEWERS:
             raise Refusal(503, f"{MAX_VIEWERS} viewers are watching, and no more are allowed.", code="too_many_viewers")
+        stopping = anyio.Event()
         return EventSourceResponse(
-            self.hub.watch(session, request.headers.get("last-event-id", "")),
+            self.hub.watch(session, request.headers.get("last-event-id", ""), stopping),
             ping=PING_SECONDS,
             ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
+            shutdown_event=stopping,
+            shutdown_grace_period=STOP_SECONDS,
         )
 
     async def me(self, request: Request) -> Response:

@@ -11,6 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 
@@ -268,7 +269,7 @@ async def test_a_viewer_that_falls_behind_is_given_a_snapshot():
     hub = kv.Hub(engine, Settings())  # type: ignore[arg-type]
     hub.start()
     await asyncio.sleep(0)
-    watching = hub.watch(STRANGER, "")
+    watching = hub.watch(STRANGER, "", anyio.Event())
     first = await anext(watching)
     assert first.startswith(b"id: ")
     assert b"event: snapshot" in first
