@@ -218,7 +218,7 @@ def train(out: Path, plan: Plan, device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m chatpage.tutor.train", description="Train the bundled model.")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rows", type=int, help="short rows a step: 256 on a GPU, 32 on a CPU")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--dropout", type=float, default=0.1, help="of the embeddings")
