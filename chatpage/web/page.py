@@ -235,9 +235,9 @@ class Page:
             self.prompt_text = gr.Textbox(label="Text of the system prompt", lines=3, max_lines=8, interactive=False)
             with gr.Row():
                 self.temperature = gr.Slider(0, 2, step=0.05, label="Temperature", info="0 takes the likeliest token.")
-                self.top_p = gr.Slider(0.05, 1, step=0.05, label="Top-p", info="1 keeps every token.")
+                self.top_p = gr.Slider(0.05, 1, step=0.05, label="Top-p", info="1 keeps all.")
             with gr.Row():
-                self.top_k = gr.Slider(0, 200, step=1, label="Top-k", info="0 keeps every token.")
+                self.top_k = gr.Slider(0, 200, step=1, label="Top-k", info="0 keeps all.")
                 self.max_tokens = gr.Textbox(label="Max tokens", info="Empty: the server's limit.", lines=1)
                 self.seed = gr.Textbox(label="Seed", info="Empty: a new draw each time.", lines=1)
             self.reset = gr.Button("Reset", size="sm", elem_id="reset")
@@ -283,7 +283,7 @@ class Page:
             return
         first = self.engine.systems[0]
         yield {
-            self.header: _header_html(_facts(self.engine)),
+            self.header: _header_html(_facts(self.engine, self.settings)),
             self.status: _status_html("Ready"),
             self.viewer: _viewer(conversation),
             self.preset: gr.Dropdown(choices=_presets(self.engine), value=first.name),
@@ -330,7 +330,7 @@ class Page:
         try:
             conversation = self.visitors.open(_key(request), self._system_prompt(values))
         except ChatPageError as error:
-            gr.Warning(str(error))
+            gr.Warning(str(error), title="Not done")
             return {self.status: gr.skip()}
         return {
             self.chat: [],
@@ -361,7 +361,7 @@ class Page:
             progress = Progress(first_turn=not conversation.messages)
             stream = begin(conversation, self._params(values))
         except ChatPageError as error:
-            gr.Warning(str(error))
+            gr.Warning(str(error), title="Not done")
             yield self._truth(key)
             return
         yield {
@@ -376,7 +376,7 @@ class Page:
                     break  # the tab was closed or began a new chat
                 text += delta.text
                 if delta.error:
-                    gr.Warning(delta.error)
+                    gr.Warning(delta.error, title="The answer failed")
                 shown = history + drawn([{"role": "assistant", "content": text}]) if text else history
                 yield {self.chat: shown, self.status: _status_html(progress.line(delta))}
         yield self._truth(key)
@@ -461,11 +461,11 @@ def _idle() -> Any:
     return gr.Textbox(submit_btn="Send", stop_btn=False)
 
 
-def _facts(engine: Engine) -> str:
+def _facts(engine: Engine, settings: Settings) -> str:
     """What answers here, and what is shared in force."""
     return " · ".join(
         [
-            engine.model_name,
+            "the bundled tutor" if settings.model is None else engine.model_name,
             f"{engine.device}, {engine.dtype}",
             f"block size {engine.block_size}",
             SHARING[engine.sharing],

@@ -112,7 +112,7 @@ class Progress:
         return [f"{(delta.completion_tokens - self._head) / seconds:.0f} tokens/s"]
 
     def _summary(self, delta: Delta) -> list[str]:
-        where = "from shared blocks" if self._first_turn else "already in this session's blocks"
+        where = "from shared blocks" if self._first_turn else "already in the cache"
         found = f"{delta.cached_tokens} of {delta.prompt_tokens} prompt tokens {where}"
         if not self._head:
             return [found]

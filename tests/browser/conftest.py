@@ -42,12 +42,14 @@ def browser() -> Iterator[Browser]:
 class Visitor:
     """A browser context with one page, and what should not have happened in it."""
 
-    def __init__(self, browser: Browser, url: str, **options) -> None:
+    def __init__(self, browser: Browser, url: str, *, ready: bool = True, **options) -> None:
         self.url = url
         self.context = browser.new_context(**{"viewport": {"width": 1400, "height": 900}, **options})
         self.context.grant_permissions(["clipboard-read", "clipboard-write"])
         self.complaints: list[str] = []
         self.page = self.open()
+        if ready:
+            self.page.wait_for_function("window.chatpageViewer")
 
     def open(self) -> Page:
         """A further tab of the same browser."""

@@ -68,7 +68,6 @@ def arrive(site: Site, visit: Callable[..., Visitor]) -> Callable[..., Visitor]:
 
     def arrive(**options) -> Visitor:
         visitor = visit(site.url, **options)
-        visitor.page.locator("#status").get_by_text("Ready").wait_for()
         visitor.page.locator("[data-testid=kv-status][data-state=live]").wait_for()
         return visitor
 
@@ -102,7 +101,9 @@ def test_two_visitors_share_the_system_prompt(site: Site, arrive, slow):
     after = site.snapshot()
     copies = after["counters"]["copied"] - before["counters"]["copied"]
     assert copies == (2 if len(system.tokens) % site.engine.block_size else 0)
-    tables = [site.engine.core.view.sessions[s["id"]].sequences[s["sequences"][0]["id"]].table for s in after["sessions"]]
+    tables = [
+        site.engine.core.view.sessions[s["id"]].sequences[s["sequences"][0]["id"]].table for s in after["sessions"]
+    ]
     assert len(tables) == 2
     assert tables[0][:full_blocks] == tables[1][:full_blocks]
     assert not set(tables[0][full_blocks:]) & set(tables[1][full_blocks:])
@@ -120,7 +121,7 @@ def test_the_second_turn_computes_only_its_own_tokens(site: Site, arrive):
     prompt = after["prompt_tokens"] - before["prompt_tokens"]
     found = after["cached_tokens"] - before["cached_tokens"]
     assert found == held
-    assert f"{found:.0f} of {prompt:.0f} prompt tokens already in this session's blocks" in visitor.status()
+    assert f"{found:.0f} of {prompt:.0f} prompt tokens already in the cache" in visitor.status()
     template = site.engine.template
     follow_up = template.follow_up([{"role": "user", "content": "And what is a KV cache?"}])
     assert prompt - found <= 1 + len(template.end_of_turn) + len(follow_up)
@@ -157,7 +158,7 @@ def test_stop(site: Site, arrive, slow):
         -tokens // site.engine.block_size
     )
     visitor.ask("What is a block table?")
-    assert "already in this session's blocks" in visitor.status()
+    assert "already in the cache" in visitor.status()
 
 
 def test_a_closed_tab_frees_its_blocks(site: Site, arrive, slow):
@@ -191,7 +192,7 @@ def test_an_expired_session_goes_on(site: Site, arrive):
     visitor = arrive()
     visitor.ask("What is a block table?")
     before = visitor.page.evaluate("window.chatpageViewer.session")
-    for key in list(site.engine._sessions):
+    for key in list(site.engine._sessions._by_key):
         site.engine.close_session(key)
     visitor.ask("And what is a KV cache?")
     assert visitor.page.get_by_test_id("user").count() == 2

@@ -67,13 +67,15 @@ def test_an_answer_streams_and_its_end_is_told(url, engine, visit):
 
 def test_the_page_tells_what_answers_here_and_the_panel_who_looks(url, visit):
     page = visit(url).page
-    page.get_by_text("fake-model · cpu, float32 · block size 16 · equal text is shared by all sessions").wait_for()
+    page.get_by_text(
+        "the bundled tutor · cpu, float32 · block size 16 · equal text is shared by all sessions"
+    ).wait_for()
     page.get_by_text("I am ").wait_for()
 
 
 def test_while_the_engine_loads_nothing_is_lost(url, engine, visit):
     engine.status, engine.detail = "starting", "Loading the bundled model"
-    visitor = visit(url)
+    visitor = visit(url, ready=False)
     visitor.page.locator("#status").get_by_text("Loading the bundled model").wait_for()
     visitor.send("hello")
     visitor.page.locator(".toast-body").wait_for()
@@ -86,13 +88,13 @@ def test_while_the_engine_loads_nothing_is_lost(url, engine, visit):
 
 def test_a_failed_engine_is_one_sentence(url, engine, visit):
     engine.status, engine.detail = "failed", "--model is '/nowhere'; there is no such folder."
-    visit(url).page.locator("#status").get_by_text("--model is '/nowhere'; there is no such folder.").wait_for()
+    visitor = visit(url, ready=False)
+    visitor.page.locator("#status").get_by_text("--model is '/nowhere'; there is no such folder.").wait_for()
 
 
 def test_a_refusal_is_said_and_the_text_stays(url, engine, visit):
     engine.refuse = Busy("320 requests are running or waiting, and 320 is the most; try again.")
     visitor = visit(url)
-    visitor.page.locator("#status").get_by_text("Ready").wait_for()
     visitor.send("a long thought")
     visitor.page.locator(".toast-body").wait_for()
     assert "320 requests are running or waiting" in visitor.toast()
@@ -245,7 +247,6 @@ def test_a_new_chat_ends_the_running_answer(url, engine, visit):
 def test_a_closed_tab_ends_its_session(url, engine, visit):
     engine.delay = 1.0
     visitor = visit(url)
-    visitor.page.locator("#status").get_by_text("Ready").wait_for()
     visitor.send("hello")
     visitor.page.locator("#message .stop-button").wait_for()
     open_before = len(engine.sessions)
