@@ -306,6 +306,7 @@ class Snapshot:
                 {
                     "id": session.id,
                     "state": session.state,
+                    "tokens": sum(s.tokens for s in session.sequences.values()),
                     "sequences": [
                         {"id": s.id, "parent": s.parent, "at": s.at, "tokens": s.tokens, "table": runs(s.table)}
                         for s in session.sequences.values()

@@ -374,6 +374,7 @@ export class Model {
       sessions: [...this.sessions.values()].map(({ id, state, sequences }) => ({
         id,
         state,
+        tokens: [...sequences.values()].reduce((sum, s) => sum + s.tokens, 0),
         sequences: [...sequences.values()].map((s) => ({ ...s, table: runs(s.table) })),
       })),
     }

@@ -9,7 +9,7 @@ The pool belongs to one thread.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from chatpage.cache.prefix import Node, PrefixTree
@@ -57,9 +57,8 @@ class BlockPool:
 
     # -- references -----------------------------------------------------------------------------------------------
 
-    def allocate(self, sequence: int, logicals: Iterable[int], reason: str) -> list[int]:
+    def allocate(self, sequence: int, logicals: Sequence[int], reason: str) -> list[int]:
         """One block for each logical position, with one reference. All of them, or PoolFull and no change."""
-        logicals = list(logicals)
         if len(logicals) > self.available:
             raise PoolFull
         blocks = []
@@ -99,7 +98,6 @@ class BlockPool:
         """Forget the block that has been idle longest, and hand it out."""
         block, _ = self._idle.popitem(last=False)
         self._forget(block)
-        self.fill[block] = 0
         self.events.emit("evict", "least recently used", block=block)
         return block
 
@@ -117,7 +115,8 @@ class BlockPool:
         """The write rule. A write needs the sole reference, unpinned and unpublished.
 
         Otherwise the writer gets a copy first, with one exception: a published *tail* that nobody else holds is
-        unpublished instead (`unpublish`). A full block is copied even then: it may have children.
+        unpublished instead (`unpublish`). A full block is copied even then: it may have children. (A table does without
+        that copy where the pool has no room for it: `BlockTable.append`.)
         """
         node = self.node[block]
         is_full = node is not None and len(node.tokens) == self.block_size

@@ -53,8 +53,9 @@ class BlockTable:
         """Give `count` more tokens a slot: the rest of the last block, then new blocks.
 
         Returns:
-            `(source, target)` where the last block had to be copied: the head of `source` must be in `target` before
-            anything is written in this step, and before `source` is.
+            `(source, target)` where the last block had to be copied. All copies of a step are made before anything is
+            written in it, each source read before any target is written: that is right as long as no table is
+            forked, truncated or released between its `append` and the step.
 
         Raises:
             PoolFull: there is no room; nothing was changed.
@@ -144,6 +145,8 @@ class BlockTable:
 
     def publish(self, tokens: Sequence[int], computed: int, *, tail: bool = False) -> None:
         """Make findable what is written: the full blocks of the first `computed` tokens, and on `tail` the rest too.
+
+        A tail is the end of a turn: nothing may follow it without a new `append`, so `computed` is `length` then.
 
         Args:
             tokens: the sequence's tokens, at least `computed` of them.
