@@ -71,7 +71,10 @@ async def on_error(request: Request, error: Exception) -> JSONResponse:
     message = refusal.detail
     if not isinstance(error, Refusal) and refusal.status_code in MESSAGES:
         message = MESSAGES[refusal.status_code].format(path=request.url.path, method=request.method)
-    return error_response(refusal.status_code, message, param=refusal.param, code=refusal.code, headers=refusal.headers)
+    headers = dict(refusal.headers or {})
+    if refusal.status_code == 500:  # answered outside of our middleware
+        headers["x-request-id"] = request.scope.get("request_id", "")
+    return error_response(refusal.status_code, message, param=refusal.param, code=refusal.code, headers=headers)
 
 
 HANDLERS: dict[Any, Any] = dict.fromkeys((HTTPException, RequestError, Busy, Unavailable, Exception), on_error)

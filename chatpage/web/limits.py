@@ -47,7 +47,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
-        request_id = secrets.token_hex(8)
+        request_id = scope["request_id"] = secrets.token_hex(8)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":

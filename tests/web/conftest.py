@@ -33,7 +33,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(checkpoint: Path, **settings: object) -> tuple[Engine, Settings]:
-    chosen = Settings(model=checkpoint, system_prompt=SYSTEM_PROMPT, kv_blocks=128, paranoid=True, **settings)
+    chosen = Settings(
+        model=checkpoint, system_prompt=SYSTEM_PROMPT, kv_blocks=128, max_model_len=192, paranoid=True, **settings
+    )
     return Engine(chosen), chosen
 
 

@@ -18,7 +18,7 @@ CHAT = "/v1/chat/completions"
 
 def ask(served: Served, **more):
     return served.client().chat.completions.create(
-        **{"model": "tiny-llama", "messages": HELLO, "max_tokens": 24, "temperature": 0, **more}
+        **{"model": "tiny-llama", "messages": HELLO, "max_tokens": 16, "temperature": 0, **more}
     )
 
 
@@ -32,8 +32,8 @@ def test_a_stream_is_the_same_text_as_the_whole(served: Served):
     *_, last, counted = chunks
     assert (last.choices[0].finish_reason, last.choices[0].delta.content) == ("length", None)
     assert counted.choices == []
-    assert counted.usage.completion_tokens == whole.usage.completion_tokens == 24
-    assert counted.usage.total_tokens == counted.usage.prompt_tokens + 24
+    assert counted.usage.completion_tokens == whole.usage.completion_tokens == 16
+    assert counted.usage.total_tokens == counted.usage.prompt_tokens + 16
     assert sum(chunk.choices[0].finish_reason is not None for chunk in chunks if chunk.choices) == 1
 
 
@@ -196,6 +196,7 @@ def test_what_the_engine_refuses(fake: tuple[str, FakeEngine], refusal: Exceptio
     answer = httpx.post(url + CHAT, json={"messages": HELLO}, headers={"X-ChatPage-Session": ""})
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert "secret" not in answer.text
+    assert answer.headers["x-request-id"]
     assert ("retry-after" in answer.headers) == (status in (429, 503))
     assert engine.keys == set(), "a session was opened for a refused request"
 

@@ -172,7 +172,7 @@ def test_a_prompt_longer_than_the_context(client: httpx.Client, length: int):
     answer = post(client, {"messages": [{"role": "user", "content": "word " * length}]})
     error = error_of(answer)
     assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
-    assert "511" in error["message"]
+    assert "191" in error["message"]
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
