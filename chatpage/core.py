@@ -20,8 +20,8 @@ from chatpage.cache.pool import BlockPool
 from chatpage.errors import RequestError, SettingError
 from chatpage.events import Event, EventLog, Snapshot
 from chatpage.model.batch import Draw, Row
-from chatpage.model.kv import bytes_per_block, free_memory, num_blocks_for
-from chatpage.model.load import LoadedModel, load
+from chatpage.model.kv import affordable_blocks, bytes_per_block, free_memory, num_blocks_for
+from chatpage.model.load import load
 from chatpage.model.step import ModelRunner
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Delta, FinishReason, Prompt, Request, TurnState
@@ -80,8 +80,7 @@ class Core:
         self.stop_token_ids = self.loaded.stop_token_ids
         self.template = ChatTemplate(self.tokenizer)
         self.token_text = lru_cache(maxsize=65_536)(lambda token: self.tokenizer.decode([token]))
-        self.max_model_len = min(settings.max_model_len or self.loaded.max_positions, self.loaded.max_positions)
-        self.runner = _runner(self.loaded, settings, self.max_model_len)
+        self.max_model_len, self.runner = self._size()
         self._events: list[Event] = []  # since they were handed out last
         events = EventLog()
         events.listeners.append(self._events.append)
@@ -106,6 +105,30 @@ class Core:
         say("Computing the system prompt")
         texts = settings.system_prompt or [self._default_system_prompt()]
         self.systems = [self._compute_system_prompt(number, text) for number, text in enumerate(texts, 1)]
+
+    def _size(self) -> tuple[int, ModelRunner]:
+        """The longest context, and the model with a pool of the size that the settings and the memory allow."""
+        loaded, settings = self.loaded, self.settings
+        block_bytes = bytes_per_block(loaded.layers, settings.block_size, loaded.dtype)
+        free = free_memory(loaded.device)
+        longest = min(settings.max_model_len or loaded.max_positions, loaded.max_positions)
+        fits = affordable_blocks(free, settings.kv_memory, block_bytes) * settings.block_size
+        if settings.max_model_len is None and settings.kv_blocks is None and 0 < fits < longest:
+            self.notes.append(
+                f"Contexts end at {fits} tokens: the free memory holds no more (the model knows {longest})."
+            )
+            longest = fits
+        num_blocks = num_blocks_for(
+            free_bytes=free,
+            share=settings.kv_memory,
+            bytes_per_block=block_bytes,
+            kv_blocks=settings.kv_blocks,
+            max_model_len=longest,
+            max_sequences=settings.max_sequences,
+            block_size=settings.block_size,
+            on_cpu=loaded.device.type == "cpu",
+        )
+        return longest, ModelRunner(loaded, num_blocks=num_blocks, block_size=settings.block_size)
 
     # -- system prompts -------------------------------------------------------------------------------------------
 
@@ -159,17 +182,13 @@ class Core:
     def submit(self, request: Request, session: Session | None, stream: Stream) -> None:
         """Queue a turn. One that is refused gets a `done` delta that says why."""
         params, length = request.params, len(request.prompt.tokens)
-        try:
-            if session is None:
-                raise RequestError("The session was closed.")
-            if session.keeps and session.active:
-                raise RequestError("This session has a turn that is still running; wait for it, or stop it.")
-            seed = secrets.randbits(63) if params.seed is None else params.seed
-            sequence = self.scheduler.submit(session, request.prompt, params, seed=seed)
-        except RequestError as error:
-            stream.put(Delta("done", prompt_tokens=length, finish_reason="error", error=str(error)))
+        refusal = self._refusal(session)
+        if session is None or refusal:
+            stream.put(Delta("done", prompt_tokens=length, finish_reason="error", error=refusal))
             self._touched.add(stream)
             return
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        sequence = self.scheduler.submit(session, request.prompt, params, seed=seed)
         limits = (self.max_model_len - length, params.max_tokens, self.settings.max_output_tokens)
         answer = Answer(
             self.tokenizer,
@@ -180,6 +199,14 @@ class Core:
         turn = self.turns[sequence.id] = Turn(sequence, answer, stream)
         self.counts["prompt_tokens"] += length
         self._tell(turn, "queued")
+
+    @staticmethod
+    def _refusal(session: Session | None) -> str | None:
+        if session is None:
+            return "The session was closed."
+        if session.keeps and session.active:
+            return "This session has a turn that is still running; wait for it, or stop it."
+        return None
 
     def cancel(self, stream: Stream) -> None:
         """End the turn of this stream, if it runs or waits."""
@@ -349,21 +376,6 @@ class Core:
         self.view.apply_all(events)
         for listener in self._listeners:
             listener(None, events)
-
-
-def _runner(loaded: LoadedModel, settings: Settings, max_model_len: int) -> ModelRunner:
-    """The model with a pool of the size that the settings and the memory allow."""
-    num_blocks = num_blocks_for(
-        free_bytes=free_memory(loaded.device),
-        share=settings.kv_memory,
-        bytes_per_block=bytes_per_block(loaded.layers, settings.block_size, loaded.dtype),
-        kv_blocks=settings.kv_blocks,
-        max_model_len=max_model_len,
-        max_sequences=settings.max_sequences,
-        block_size=settings.block_size,
-        on_cpu=loaded.device.type == "cpu",
-    )
-    return ModelRunner(loaded, num_blocks=num_blocks, block_size=settings.block_size)
 
 
 def _row(chunk: Chunk) -> Row:

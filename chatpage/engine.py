@@ -229,6 +229,7 @@ class Engine:
         """
         self._require_ready()
         self.require_room(len(request.prompt.tokens))
+        self.core.scheduler.require_room(request.prompt)
         if request.session is not None and not self.has_session(request.session):
             raise RequestError("The session is not known here; it may have been closed.", param="session")
         self._enter_queue()

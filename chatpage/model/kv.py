@@ -77,6 +77,11 @@ def bytes_per_block(layers: tuple[LayerShape, ...], block_size: int, dtype: torc
     return block_size * numbers * dtype.itemsize
 
 
+def affordable_blocks(free_bytes: int, share: float, bytes_per_block: int) -> int:
+    """How many blocks, besides the null block, a share of the free memory holds."""
+    return int(free_bytes * share) // bytes_per_block - 1
+
+
 def num_blocks_for(
     *,
     free_bytes: int,
@@ -97,7 +102,7 @@ def num_blocks_for(
     """
     per_sequence = -(-max_model_len // block_size)
     sequences = min(max_sequences, CPU_SEQUENCES) if on_cpu else max_sequences
-    affordable = int(free_bytes * share) // bytes_per_block - 1
+    affordable = affordable_blocks(free_bytes, share, bytes_per_block)
     blocks = min(affordable, sequences * per_sequence) if kv_blocks is None else kv_blocks
     if blocks >= per_sequence:
         return blocks

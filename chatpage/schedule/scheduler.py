@@ -90,15 +90,27 @@ class Scheduler:
 
     # -- arrival and end ------------------------------------------------------------------------------------------
 
+    def require_room(self, prompt: Prompt) -> None:
+        """Refuse what the pool could not hold even if nobody else were there. May be called from any thread.
+
+        Raises:
+            RequestError: with both numbers of blocks.
+        """
+        size = self.pool.block_size
+        needed = -(-(len(prompt.tokens) + 1) // size) - prompt.system_tokens // size
+        usable = self.pool.num_blocks - len(self.pool.pinned)
+        if needed > usable:
+            raise RequestError(
+                f"The prompt needs {needed} blocks of {size} tokens, but the pool has {usable} besides the system "
+                "prompt's; shorten the prompt, or start with more --kv-blocks.",
+                param="messages",
+                code="context_length_exceeded",
+            )
+
     def submit(
         self, session: Session, prompt: Prompt, params: SamplingParams, *, seed: int = 0, draws: bool = True
     ) -> Sequence:
-        """Queue one turn.
-
-        Raises:
-            RequestError: the pool could not hold it even if nobody else were there.
-        """
-        self._refuse_what_never_fits(prompt)
+        """Queue one turn, which must fit (`require_room`)."""
         number = next(self._ids)
         table = BlockTable(self.pool, number, session.domain, prompt.system_tokens)
         sequence = Sequence(number, session, prompt, params, table, seed=seed, draws=draws)
@@ -110,18 +122,6 @@ class Scheduler:
         self.waiting.append(sequence)
         self._become(sequence, "queued", "submitted")
         return sequence
-
-    def _refuse_what_never_fits(self, prompt: Prompt) -> None:
-        size = self.pool.block_size
-        needed = -(-(len(prompt.tokens) + 1) // size) - prompt.system_tokens // size
-        usable = self.pool.num_blocks - len(self.pool.pinned)
-        if needed > usable:
-            raise RequestError(
-                f"The prompt needs {needed} blocks of {size} tokens, but the pool has {usable} besides the system "
-                "prompt's; shorten the prompt, or start with more --kv-blocks.",
-                param="messages",
-                code="context_length_exceeded",
-            )
 
     def end(self, sequence: Sequence, reason: str, *, failed: bool = False) -> None:
         """The turn is over, however it came to that. Its table rests, or is released. Harmless the second time.

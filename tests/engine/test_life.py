@@ -86,7 +86,7 @@ def test_a_cancelled_answer_keeps_the_characters_that_were_certain(engine: Engin
         cancel.stream = ask(engine, QUESTION, greedy(20), listener=cancel)
     half = read(cancel.stream)
     assert half.tokens == whole.tokens[:10]
-    assert half.text == engine.tokenizer.decode(half.tokens, skip_special_tokens=True)
+    assert half.text == engine.core.tokenizer.decode(half.tokens, skip_special_tokens=True)
 
 
 # -- a pool that is too small ------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def test_a_tiny_pool_serves_a_crowd(launch: Callable[..., Engine]) -> None:
         streams = [ask(engine, q, greedy(25), session=engine.open_session()) for q in questions]
     crowd = [read(stream) for stream in streams]
     assert [(a.tokens, a.text, a.reason) for a in crowd] == [(a.tokens, a.text, a.reason) for a in alone]
-    assert engine._view.counters["preempted"] > 3
+    assert engine.core.view.counters["preempted"] > 3
     assert any(delta.state == "preempted" for answer in crowd for delta in answer.deltas)
     assert all(answer.last.cached_tokens == len(engine.systems[0].tokens) for answer in crowd)
 
@@ -119,7 +119,7 @@ def test_preempted_requests_draw_the_same_tokens(launch: Callable[..., Engine]) 
     with paused(engine):
         streams = [ask(engine, QUESTION, wish) for wish in wishes]
     assert [read(stream).tokens for stream in streams] == alone
-    assert engine._view.counters["preempted"] > 0
+    assert engine.core.view.counters["preempted"] > 0
 
 
 def test_resting_tables_make_room(launch: Callable[..., Engine]) -> None:
@@ -127,20 +127,20 @@ def test_resting_tables_make_room(launch: Callable[..., Engine]) -> None:
     sessions = [engine.open_session() for _ in range(6)]
     for session in sessions:
         assert read(ask(engine, QUESTION, greedy(25), session=session)).reason == "length"
-    resting = inside(engine, lambda: [session.id for session in engine._scheduler.resting])
+    resting = inside(engine, lambda: [session.id for session in engine.core.scheduler.resting])
     assert resting
     assert resting == [session.id for session in sessions][-len(resting) :], "longest rested go first"
-    assert engine._view.counters["preempted"] == 0
+    assert engine.core.view.counters["preempted"] == 0
 
 
 def test_an_answer_that_meets_the_end_of_the_pool_ends_there(launch: Callable[..., Engine]) -> None:
     """The context allows 96 tokens, but the pinned system prompt takes blocks that a strange one cannot use."""
     engine = launch(**TINY)
-    usable = 4 * (engine.num_blocks - len(engine._pool.pinned))
+    usable = 4 * (engine.num_blocks - len(engine.core.pool.pinned))
     answer = read(ask(engine, QUESTION, greedy(None), system="You are a pirate."))
     assert answer.reason == "length"
     assert answer.last.prompt_tokens + len(answer.tokens) == usable + 1 < engine.max_model_len
-    assert answer.text == engine.tokenizer.decode(answer.tokens)
+    assert answer.text == engine.core.tokenizer.decode(answer.tokens)
 
 
 def test_an_answer_that_meets_the_end_of_the_context_ends_there(engine: Engine) -> None:
@@ -176,11 +176,10 @@ def test_the_longest_prompt_gets_one_token(engine: Engine) -> None:
 
 def test_a_prompt_that_can_never_fit_is_refused(launch: Callable[..., Engine]) -> None:
     engine = launch(**TINY)
-    usable = 4 * (engine.num_blocks - len(engine._pool.pinned))
-    answer = read(engine.stream(Request(Prompt((5,) * usable), greedy())))
-    assert answer.reason == "error"
-    assert "blocks" in (answer.last.error or "")
-    assert is_one_sentence(answer.last.error)
+    usable = 4 * (engine.num_blocks - len(engine.core.pool.pinned))
+    with pytest.raises(RequestError, match="blocks") as refusal:
+        engine.stream(Request(Prompt((5,) * usable), greedy()))
+    assert is_one_sentence(refusal.value)
     assert read(engine.stream(Request(Prompt((5,) * (usable - 1)), greedy(1)))).reason == "length"
 
 
@@ -272,10 +271,10 @@ def test_an_end_of_turn_token_ends_an_answer_and_is_not_shown(engine: Engine) ->
     whole = read(ask(engine, QUESTION, greedy(40)))
     end = whole.tokens[10]
     first = whole.tokens.index(end)
-    engine._stop_token_ids = frozenset({end})
+    engine.core.stop_token_ids = frozenset({end})
     answer = read(ask(engine, QUESTION, greedy(40)))
     assert (answer.tokens, answer.reason) == (whole.tokens[: first + 1], "stop")
-    assert answer.text == engine.tokenizer.decode(whole.tokens[:first])
+    assert answer.text == engine.core.tokenizer.decode(whole.tokens[:first])
 
 
 def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(engine: Engine) -> None:
@@ -341,7 +340,7 @@ def test_a_reader_that_never_reads_holds_nothing_up(engine: Engine) -> None:
 @contextmanager
 def failing(engine: Engine, times: int) -> Iterator[None]:
     """The runner raises in the next steps, after it has written."""
-    run, left = engine._runner.run, [times]
+    run, left = engine.core.runner.run, [times]
 
     def broken(rows: list[Row], copies: list[tuple[int, int]] | None = None) -> list[int | None]:
         drawn = run(rows, copies)
@@ -350,9 +349,9 @@ def failing(engine: Engine, times: int) -> Iterator[None]:
             raise RuntimeError("out of luck")
         return drawn
 
-    engine._runner.run = broken
+    engine.core.runner.run = broken
     yield
-    engine._runner.run = run
+    engine.core.runner.run = run
 
 
 def test_a_step_that_raises_ends_its_requests_only(engine: Engine) -> None:
@@ -468,14 +467,14 @@ def test_a_listener_gets_a_snapshot_and_then_what_changes_it(engine: Engine) -> 
 
     engine.subscribe(listen)
     read(ask(engine, QUESTION, session=engine.open_session()))
-    inside(engine, engine._hand_out_events)
+    inside(engine, engine.core._hand_out_events)
     assert len(snapshots) == 1
-    assert snapshots[0] == engine._view
-    assert snapshots[0] is not engine._view
+    assert snapshots[0] == engine.core.view
+    assert snapshots[0] is not engine.core.view
     assert threads == {engine._thread}
     engine.unsubscribe(listen)
     read(ask(engine, QUESTION))
-    assert snapshots[0].seq < engine._view.seq
+    assert snapshots[0].seq < engine.core.view.seq
 
 
 def test_describe_tells_a_sessions_own_tokens_and_places(engine: Engine) -> None:

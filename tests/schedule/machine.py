@@ -88,11 +88,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt = self.prompt(session.resting if arrival.goes_on else None, arrival)
         fits = self.fits(len(prompt.tokens) + 1, prompt.system_tokens)
         try:
-            sequence = self.scheduler.submit(session, prompt, SamplingParams())
+            self.scheduler.require_room(prompt)
         except RequestError:
             assert not fits
             return None
         assert fits
+        sequence = self.scheduler.submit(session, prompt, SamplingParams())
         self.limits[sequence.id] = len(prompt.tokens) + arrival.count
         self.known.append(sequence)
         return sequence
