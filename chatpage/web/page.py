@@ -7,8 +7,6 @@ stop, the running handler sees the stream end and finishes as usual (Gradio's ow
 import asyncio
 import contextlib
 import html
-import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -20,17 +18,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chatpage.conversation import Conversation
 from chatpage.engine import Engine, Stream
-from chatpage.errors import ChatPageError, RequestError, Unavailable
+from chatpage.errors import ChatPageError, RequestError
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Delta
 from chatpage.settings import Settings
 from chatpage.web.page_text import Progress, drawn, plain
 from chatpage.web.page_theme import theme
+from chatpage.web.visitors import Visitors
 
 UPDATE_INTERVAL = 0.04  # seconds between two updates of a streaming answer
 POLL_INTERVAL = 0.2  # seconds between two looks at an engine that loads
-MAX_CONVERSATIONS = 10_000
-KEEP_TEXT = 600.0  # seconds that the text of a closed tab is kept
 CUSTOM = "Custom text, private to this chat"
 
 # Temperature, top-p, top-k, max tokens, seed.
@@ -122,53 +119,6 @@ class ContentPolicy:
             await send(message)
 
         await self.app(scope, receive, send_with_policy)
-
-
-class Visitors:
-    """Who is here: one conversation a browser tab.
-
-    A tab that is closed gives back its blocks at once. What was said in it is kept for a while, since a tab may only
-    have lost its connection, and come back. The keys are Gradio's session hashes: they open things, so they are never
-    logged, shown or sent anywhere.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._here: OrderedDict[str, Conversation] = OrderedDict()
-        self._gone: OrderedDict[str, tuple[float, Conversation]] = OrderedDict()
-
-    def find(self, key: str) -> Conversation | None:
-        """The conversation of this tab, also if the tab was away."""
-        if key in self._gone:
-            self._here[key] = self._gone.pop(key)[1]
-        return self._here.get(key)
-
-    def peek(self, key: str) -> Conversation | None:
-        """The conversation of this tab while it is open."""
-        return self._here.get(key)
-
-    def open(self, key: str, system_prompt: str | None) -> Conversation:
-        """A new conversation for this tab, in place of the one that it had.
-
-        Raises:
-            Unavailable: the engine is not ready.
-        """
-        if self._engine.status != "ready":
-            raise Unavailable(self._engine.detail)
-        if old := self.find(key):
-            old.close()
-        elif len(self._here) >= MAX_CONVERSATIONS:
-            self.leave(next(iter(self._here)))
-        self._here[key] = Conversation(self._engine, system_prompt)
-        return self._here[key]
-
-    def leave(self, key: str) -> None:
-        """The tab is gone, or seems so: stop what runs for it and give back its blocks."""
-        if conversation := self._here.pop(key, None):
-            conversation.close()
-            self._gone[key] = time.monotonic(), conversation
-        while self._gone and next(iter(self._gone.values()))[0] < time.monotonic() - KEEP_TEXT:
-            self._gone.popitem(last=False)
 
 
 class Page:
@@ -281,16 +231,16 @@ class Page:
         except ChatPageError as error:
             yield {self.status: _status_html(str(error))}
             return
-        first = self.engine.systems[0]
+        name, text = next(((system.name, system.text) for system in self.engine.systems), (CUSTOM, ""))
         yield {
             self.header: _header_html(_facts(self.engine, self.settings)),
             self.status: _status_html("Ready"),
             self.viewer: _viewer(conversation),
-            self.preset: gr.Dropdown(choices=_presets(self.engine), value=first.name),
-            self.prompt_text: first.text,
+            self.preset: gr.Dropdown(choices=_presets(self.engine), value=name),
+            self.prompt_text: gr.Textbox(value=text, interactive=name == CUSTOM),
         }
 
-    def leave(self, request: gr.Request) -> None:
+    async def leave(self, request: gr.Request) -> None:
         """The tab is closed."""
         self.visitors.leave(_key(request))
 
@@ -340,9 +290,9 @@ class Page:
         }
 
     async def show_prompt(self, name: str) -> Any:
-        """The text of the chosen system prompt; one's own may be written here."""
-        text = next((system.text for system in self.engine.systems if system.name == name), "")
-        return gr.Textbox(value=text, interactive=name == CUSTOM)
+        """The text of the chosen system prompt. One's own begins as the one that was shown before."""
+        text = next((system.text for system in self.engine.systems if system.name == name), None)
+        return gr.Textbox(interactive=True) if text is None else gr.Textbox(value=text, interactive=False)
 
     # -- one answer -----------------------------------------------------------------------------------------------
 

@@ -7,11 +7,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 import uvicorn
-from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Error, Request, sync_playwright
 
 TIMEOUT = 20_000  # ms; much more than anything takes on a machine that has nothing else to do
 FLAGS = [
@@ -39,28 +40,37 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-class Visitor:
-    """A browser context with one page, and what should not have happened in it."""
+@pytest.fixture(scope="module")
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """Where visitors open their tabs, unless they want a browser of their own: Gradio's scripts are loaded once."""
+    context = new_context(browser)
+    yield context
+    context.close()
 
-    def __init__(self, browser: Browser, url: str, *, ready: bool = True, **options) -> None:
+
+def new_context(browser: Browser, **options: Any) -> BrowserContext:
+    return browser.new_context(**{"viewport": {"width": 1400, "height": 900}, **options})
+
+
+class Visitor:
+    """A tab that shows the page, and what should not have happened in it."""
+
+    def __init__(self, context: BrowserContext, url: str, *, ready: bool = True) -> None:
         self.url = url
-        self.context = browser.new_context(**{"viewport": {"width": 1400, "height": 900}, **options})
-        self.context.grant_permissions(["clipboard-read", "clipboard-write"])
         self.complaints: list[str] = []
-        self.page = self.open()
+        self.page = context.new_page()
+        self.page.set_default_timeout(TIMEOUT)
+        self.page.on("console", self._on_console)
+        self.page.on("pageerror", lambda error: self.complaints.append(f"exception: {error}"))
+        self.page.on("request", self._on_request)
+        self.page.on("dialog", self._on_dialog)
+        self.page.goto(url)
         if ready:
             self.page.wait_for_function("window.chatpageViewer")
 
-    def open(self) -> Page:
-        """A further tab of the same browser."""
-        page = self.context.new_page()
-        page.set_default_timeout(TIMEOUT)
-        page.on("console", self._on_console)
-        page.on("pageerror", lambda error: self.complaints.append(f"exception: {error}"))
-        page.on("request", self._on_request)
-        page.on("dialog", lambda dialog: (self.complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.goto(self.url)
-        return page
+    def _on_dialog(self, dialog: Dialog) -> None:
+        self.complaints.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
 
     def _on_console(self, message: ConsoleMessage) -> None:
         if message.type == "error":
@@ -107,17 +117,25 @@ class Visitor:
 
 
 @pytest.fixture
-def visit(browser: Browser) -> Iterator[Callable[..., Visitor]]:
-    """Opens a page as a new visitor; at the end nobody may have seen an error or reached another host."""
-    visitors: list[Visitor] = []
+def visit(browser: Browser, context: BrowserContext) -> Iterator[Callable[..., Visitor]]:
+    """Opens the page as a new visitor; at the end nobody may have seen an error or reached another host.
 
-    def visit(url: str, **options) -> Visitor:
-        visitors.append(Visitor(browser, url, **options))
+    `visit(url)` opens a tab, `visit(url, own={…})` a browser with these options.
+    """
+    visitors: list[Visitor] = []
+    own_contexts: list[BrowserContext] = []
+
+    def visit(url: str, *, ready: bool = True, own: dict[str, Any] | None = None) -> Visitor:
+        if own is not None:
+            own_contexts.append(new_context(browser, **own))
+        visitors.append(Visitor(context if own is None else own_contexts[-1], url, ready=ready))
         return visitors[-1]
 
     yield visit
     for visitor in visitors:
-        visitor.context.close()
+        visitor.page.close()
+    for own_context in own_contexts:
+        own_context.close()
     assert [visitor.complaints for visitor in visitors] == [[] for _ in visitors]
 
 

@@ -9,6 +9,7 @@ import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from chatpage.errors import RequestError, Unavailable
 from chatpage.schedule.params import SamplingParams
@@ -84,7 +85,7 @@ class Speech:
     def _cancel(self) -> None:
         self.cancelled = True
 
-    def _put(self, state: str, text: str = "", said: int = 0, computed: int = 83, reason: str | None = None) -> None:
+    def _put(self, state: Any, text: str = "", said: int = 0, computed: int = 83, reason: Any = None) -> None:
         self.stream.put(Delta(state, text, (), self._prompt_tokens, 83, computed, said, reason))
         Stream.wake([self.stream])
 

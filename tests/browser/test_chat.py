@@ -76,7 +76,7 @@ def arrive(site: Site, visit: Callable[..., Visitor]) -> Callable[..., Visitor]:
 
 def test_two_visitors_share_the_system_prompt(site: Site, arrive, slow):
     before = site.snapshot()
-    anna, ben = arrive(), arrive()
+    anna, ben = arrive(own={}), arrive(own={})
     anna.send(QUESTION)
     ben.send("What is copy-on-write?")
     for visitor in (anna, ben):
@@ -201,7 +201,7 @@ def test_an_expired_session_goes_on(site: Site, arrive):
 
 
 def test_on_a_phone_the_panel_is_below_the_chat(site: Site, arrive):
-    visitor = arrive(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    visitor = arrive(own={"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True})
     visitor.ask("What is a block table?")
     assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390
     chat, panel = (visitor.page.locator(part).bounding_box() for part in ("#card", "#panel"))

@@ -9,7 +9,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from chatpage.settings import Settings
-from chatpage.web import page as page_module
+from chatpage.web import visitors
+from chatpage.web.page import mount_page
 from chatpage.web.page_text import plain, shown
 from tests.browser.conftest import Visitor, served
 from tests.browser.fake import FakeConversation, FakeEngine
@@ -56,9 +57,9 @@ ACTIVE_ATTRIBUTES = """
 def url() -> Iterator[str]:
     engine = FakeEngine(reply=lambda number: HOSTILE[int(number)], delay=0.001)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page_module, "Conversation", FakeConversation)
+        patch.setattr(visitors, "Conversation", FakeConversation)
         app = Starlette(routes=[Route("/panel/panel.js", _panel)])
-        with served(page_module.mount_page(app, engine, Settings(model=None))) as url:
+        with served(mount_page(app, engine, Settings(model=None))) as url:
             yield url
 
 
@@ -67,10 +68,9 @@ async def _panel(request: Request) -> Response:
 
 
 @pytest.fixture(scope="module")
-def talk(browser, url) -> Iterator[Visitor]:
-    visitor = Visitor(browser, url)
+def talk(context, url) -> Iterator[Visitor]:
+    visitor = Visitor(context, url)
     yield visitor
-    visitor.context.close()
     assert visitor.complaints == []
 
 
@@ -86,7 +86,7 @@ def test_an_answer_is_inert(number: int, talk: Visitor):
     assert talk.complaints == []
 
 
-def test_nothing_is_fetched_from_elsewhere_whatever_is_drawn(browser, url):
+def test_nothing_is_fetched_from_elsewhere_whatever_is_drawn(context, url):
     """The second wall: were an image ever drawn, it would not be fetched."""
     asked: list[str] = []
 
@@ -95,11 +95,11 @@ def test_nothing_is_fetched_from_elsewhere_whatever_is_drawn(browser, url):
 
     with served(elsewhere) as other:
         asked.clear()
-        visitor = Visitor(browser, url)
+        visitor = Visitor(context, url)
         with visitor.page.expect_console_message(lambda message: "Content Security Policy" in message.text):
             visitor.page.evaluate("url => document.body.append(Object.assign(new Image(), {src: url}))", other)
         visitor.page.wait_for_timeout(200)
-        visitor.context.close()
+        visitor.page.close()
         assert asked == []
 
 

@@ -10,7 +10,9 @@ from starlette.routing import Route
 
 from chatpage.errors import Busy
 from chatpage.settings import Settings
-from chatpage.web import page as page_module
+from chatpage.web import visitors
+from chatpage.web.page import mount_page
+from chatpage.web.visitors import Visitors
 from tests.browser.conftest import served, wait_until
 from tests.browser.fake import SYSTEM, FakeConversation, FakeEngine, System, echo
 
@@ -26,9 +28,9 @@ def site() -> Iterator[tuple[str, FakeEngine]]:
     """The page with a pretending engine; a test may change what the engine does."""
     engine = FakeEngine()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page_module, "Conversation", FakeConversation)
+        patch.setattr(visitors, "Conversation", FakeConversation)
         app = Starlette(routes=[Route("/panel/panel.js", _panel)])
-        with served(page_module.mount_page(app, engine, Settings(model=None))) as url:
+        with served(mount_page(app, engine, Settings(model=None))) as url:
             yield url, engine
 
 
@@ -179,17 +181,17 @@ def test_a_tab_that_comes_back_goes_on_where_it_was():
     """A connection that was lost looks like a closed tab."""
     engine = FakeEngine()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page_module, "Conversation", FakeConversation)
-        visitors = page_module.Visitors(engine)
-        conversation = visitors.open("tab", None)
-        visitors.leave("tab")
+        patch.setattr(visitors, "Conversation", FakeConversation)
+        tabs = Visitors(engine)
+        conversation = tabs.open("tab", None)
+        tabs.leave("tab")
         assert not engine.sessions
-        assert visitors.peek("tab") is None
-        assert visitors.find("tab") is conversation
-        patch.setattr(page_module, "KEEP_TEXT", 0)
-        visitors.leave("tab")
-        visitors.leave("another")
-        assert visitors.find("tab") is None
+        assert tabs.peek("tab") is None
+        assert tabs.find("tab") is conversation
+        patch.setattr(visitors, "KEEP_TEXT", 0)
+        tabs.leave("tab")
+        tabs.leave("another")
+        assert tabs.find("tab") is None
 
 
 def test_an_example_is_asked(url, visit):
@@ -257,7 +259,7 @@ def test_a_closed_tab_ends_its_session(url, engine, visit):
 @pytest.mark.parametrize("width", [390, 1400])
 def test_nothing_is_wider_than_the_window(width, url, engine, visit):
     engine.reply = lambda text: "A-very-long-word" * 20 + "\n\n```\n" + "code " * 100 + "\n```\n"
-    visitor = visit(url, viewport={"width": width, "height": 844})
+    visitor = visit(url, own={"viewport": {"width": width, "height": 844}})
     visitor.ask("hello")
     assert visitor.page.evaluate("document.documentElement.scrollWidth") <= width
     columns = visitor.page.locator("#columns > .column").all()
