@@ -128,5 +128,6 @@ class Conversation:
     def _closing(self, answer: list[int]) -> list[int]:
         """What is missing of the template's end of turn: all of it after an answer that was stopped."""
         end = self.engine.template.end_of_turn
-        there = next((n for n in range(len(end), 0, -1) if answer[-n:] == end[:n]), 0)
-        return end[there:]
+        if answer and answer[-1] in self.engine.core.stop_token_ids and answer[-1] in end:
+            return end[end.index(answer[-1]) + 1 :]
+        return end

@@ -75,6 +75,7 @@ class Core:
         self.sharing = settings.resolved_sharing
         say(f"Loading {settings.model or 'the bundled model'}")
         self.loaded = load(settings.model or tutor.path(), device=settings.device, dtype=settings.dtype)
+        self.model_name = self.loaded.name if settings.model else "chatpage-tutor"
         self.notes = list(self.loaded.notes)
         self.tokenizer = self.loaded.tokenizer
         self.stop_token_ids = self.loaded.stop_token_ids
@@ -193,7 +194,7 @@ class Core:
         answer = Answer(
             self.tokenizer,
             stop_token_ids=self.stop_token_ids,
-            stops=params.stop,
+            stops=(*params.stop, *self.template.stops),
             limit=min(limit for limit in limits if limit is not None),
         )
         turn = self.turns[sequence.id] = Turn(sequence, answer, stream)

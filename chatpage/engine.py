@@ -104,7 +104,7 @@ class Engine:
 
     @property
     def model_name(self) -> str:
-        return self.core.loaded.name
+        return self.core.model_name
 
     @property
     def device(self) -> str:

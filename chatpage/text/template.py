@@ -43,6 +43,7 @@ class ChatTemplate:
         additive: a later turn adds tokens at the end and changes none before, so a transcript of ids can be continued.
             False where the template drops or rewrites earlier messages, such as a model's thinking.
         end_of_turn: what the template puts after an assistant's answer, before the next turn.
+        stops: strings that end an answer beside the end-of-turn token: a base model goes on to write the user's line.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -51,6 +52,7 @@ class ChatTemplate:
         self._source = self._default_source() if self.is_default else tokenizer.get_chat_template()
         special, written = self._control_tokens()
         self._control = {True: _any_of(special), False: _any_of(special | written)}  # by: is it the assistant's?
+        self.stops = ("\nUser:",) if self.is_default else ()
         self._newline = self._encode("\n")
         self.end_of_turn = self._find_end_of_turn()
         self.additive = self._find_whether_additive()
