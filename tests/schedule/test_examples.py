@@ -1,0 +1,245 @@
+"""The scheduler's decisions, one by one, on pools small enough to count."""
+
+import pytest
+
+from chatpage.cache.pool import BlockPool
+from chatpage.errors import RequestError
+from chatpage.events import EventLog
+from chatpage.schedule.params import SamplingParams
+from chatpage.schedule.request import Prompt
+from chatpage.schedule.scheduler import Scheduler, Step
+from chatpage.schedule.sequence import Sequence
+from chatpage.schedule.session import Session
+from tests.schedule.fake import FakeModel, answer, pin_system, take_step
+
+
+class Desk:
+    """A scheduler, its model, and somebody who submits turns to it."""
+
+    def __init__(self, *, num_blocks: int = 50, block_size: int = 4, max_sequences: int = 8, budget: int = 100) -> None:
+        self.pool = BlockPool(num_blocks, block_size, EventLog())
+        self.scheduler = Scheduler(self.pool, max_sequences=max_sequences, max_step_tokens=budget)
+        self.model = FakeModel(self.pool)
+        self.limits: dict[int, int] = {}
+        self.sessions = 0
+
+    def session(self, domain: str | None = None, *, keeps: bool = True) -> Session:
+        self.sessions += 1
+        return Session(self.sessions, domain or self.sessions, keeps=keeps)
+
+    def submit(self, length: int, count: int = 5, session: Session | None = None, *, first: int = 0) -> Sequence:
+        """A prompt of that many tokens, the first of which tells it from others, and room for `count` more."""
+        prompt = (first, *([1] * (length - 1)))
+        sequence = self.scheduler.submit(session or self.session(), Prompt(prompt), SamplingParams())
+        self.limits[sequence.id] = length + count
+        return sequence
+
+    def step(self) -> Step:
+        return take_step(self.scheduler, self.model, self.limits)
+
+    def chunks(self) -> list[tuple[int, int, int]]:
+        """One step: sequence, start and count of each chunk."""
+        return [(chunk.sequence.id, chunk.start, chunk.count) for chunk in self.step().chunks]
+
+    def finish(self) -> None:
+        while self.scheduler.has_work:
+            self.step()
+
+
+def test_decodes_and_chunks_share_a_step() -> None:
+    desk = Desk(budget=10)
+    desk.submit(6)
+    assert desk.chunks() == [(1, 0, 6)]
+    desk.submit(15)
+    assert desk.chunks() == [(1, 6, 1), (2, 0, 9)]
+    assert desk.chunks() == [(1, 7, 1), (2, 9, 6)]
+    assert desk.chunks() == [(1, 8, 1), (2, 15, 1)]
+
+
+def test_a_budget_that_is_spent_leaves_the_newest_out() -> None:
+    desk = Desk(budget=2)
+    for _ in range(3):
+        desk.submit(1)
+    assert desk.chunks() == [(1, 0, 1), (2, 0, 1)]
+    assert desk.chunks() == [(1, 1, 1), (2, 1, 1)]
+
+
+def test_no_more_run_than_allowed() -> None:
+    desk = Desk(max_sequences=2)
+    first, _, third = (desk.submit(3) for _ in range(3))
+    assert [chunk[0] for chunk in desk.chunks()] == [1, 2]
+    desk.scheduler.end(first, "abort")
+    assert [chunk[0] for chunk in desk.chunks()] == [2, 3]
+    assert third.state == "decode"
+
+
+def test_what_was_found_is_not_computed() -> None:
+    desk = Desk()
+    desk.submit(10, session=desk.session("shared"))
+    desk.finish()
+    again = desk.submit(10, session=desk.session("shared"))
+    (chunk,) = desk.step().chunks
+    assert (chunk.start, chunk.count, chunk.stores) == (9, 1, False), "only for its logits"
+    assert again.cached == 10
+    stranger = desk.submit(10)
+    desk.step()
+    assert stranger.cached == 0
+
+
+def test_a_system_prompt_that_ends_inside_a_block_is_copied_once_by_each() -> None:
+    desk = Desk()
+    pin_system(desk.scheduler, desk.model, [2] * 6)
+    for _ in range(2):
+        prompt = Prompt((2, 2, 2, 2, 2, 2, 0, 1), 6)
+        sequence = desk.scheduler.submit(desk.session(), prompt, SamplingParams())
+        desk.limits[sequence.id] = 13
+        step = desk.step()
+        assert sequence.cached == 6
+        assert [(chunk.start, chunk.count) for chunk in step.chunks] == [(6, 2)]
+        ((source, target),) = step.copies
+        assert source in desk.pool.pinned
+        assert sequence.table.blocks[1] == target
+        desk.finish()
+        assert sequence.tokens[8:] == answer(prompt.tokens, 5)
+
+
+def test_the_next_turn_goes_on_from_the_table_that_rests() -> None:
+    desk = Desk()
+    session = desk.session()
+    first = desk.submit(6, session=session)
+    desk.finish()
+    assert first.state == "resting"
+    assert list(desk.scheduler.resting) == [session]
+    second = desk.scheduler.submit(session, Prompt((*first.tokens, 0, 0)), SamplingParams())
+    desk.limits[second.id] = 15
+    assert desk.chunks() == [(2, 10, 3)], "the last drawn token never ran"
+    assert not desk.scheduler.resting
+    desk.pool.check(desk.scheduler.tables())
+
+
+# -- a pool that is full -----------------------------------------------------------------------------------------------
+
+
+def test_resting_tables_go_first_and_the_longest_rested_before_all() -> None:
+    desk = Desk(num_blocks=8)
+    sessions = [desk.session() for _ in range(3)]
+    for session in sessions:
+        desk.submit(6, count=2, session=session)
+        desk.finish()
+    assert list(desk.scheduler.resting) == sessions
+    desk.submit(14, count=2)
+    step = desk.step()
+    assert (len(step.chunks), step.preempted) == (1, [])
+    assert list(desk.scheduler.resting) == sessions[1:]
+
+
+def test_the_newest_is_preempted_and_comes_back_before_all_who_wait() -> None:
+    desk = Desk(num_blocks=6, max_sequences=3)
+    first, second, third = (desk.submit(8, count=8) for _ in range(3))
+    desk.step()
+    late = desk.submit(1, count=1)
+    step = desk.step()
+    assert [chunk.sequence for chunk in step.chunks] == [first, second]
+    assert step.preempted == [third]
+    assert (third.table.blocks, third.computed, third.state) == ([], 0, "preempted")
+    while first.state != "resting":
+        desk.step()
+        assert late.state == "queued"
+    desk.finish()
+    for sequence in (first, second, third):
+        assert sequence.tokens[8:] == answer(sequence.tokens[:8], 8)
+
+
+def test_new_arrivals_push_nobody_out() -> None:
+    desk = Desk(num_blocks=4)
+    first = desk.submit(12, count=3)
+    desk.step()
+    waiting = desk.submit(8)
+    for _ in range(2):
+        assert [chunk.sequence for chunk in desk.step().chunks] == [first]
+    assert desk.step().chunks[0].sequence is waiting
+
+
+@pytest.mark.parametrize(("length", "refused"), [(15, False), (16, True)])
+def test_what_can_never_fit_is_refused(length: int, refused: bool) -> None:
+    """Four blocks of four: 15 tokens and one that is drawn."""
+    scheduler = Desk(num_blocks=4).scheduler
+    if not refused:
+        scheduler.require_room(Prompt((0,) * length))
+        return
+    with pytest.raises(RequestError, match=r"needs 5 blocks of 4 tokens, but the pool has 4"):
+        scheduler.require_room(Prompt((0,) * length))
+
+
+def test_one_that_grows_to_the_end_of_the_pool_is_exhausted() -> None:
+    desk = Desk(num_blocks=2)
+    sequence = desk.submit(5, count=99)
+    desk.finish()
+    assert len(sequence.tokens) == 9, "eight slots, and the token that was drawn from the last of them"
+
+
+# -- fairness ----------------------------------------------------------------------------------------------------------
+
+
+def test_who_was_served_least_is_admitted_first() -> None:
+    desk = Desk(max_sequences=1)
+    greedy, modest = desk.session(), desk.session()
+    desk.submit(20, count=2, session=greedy)
+    desk.submit(3, count=1, session=modest)
+    desk.step()
+    desk.submit(20, count=1, session=desk.session())
+    desk.finish()
+    assert greedy.served > modest.served > 0
+
+    running = desk.submit(3, count=3)
+    desk.step()
+    first_to_ask = desk.submit(3, count=1, session=greedy)
+    later = desk.submit(3, count=1, session=modest)
+    while running.state != "resting":
+        desk.step()
+    assert (desk.step().chunks[0].sequence, first_to_ask.state) == (later, "queued")
+
+
+def test_having_been_away_earns_no_credit() -> None:
+    desk = Desk(max_sequences=1)
+    regular = desk.session()
+    regular.served = 50
+    desk.submit(3, count=9, session=regular)
+    newcomer = desk.session()
+    desk.submit(3, session=newcomer)
+    assert newcomer.served == 50
+
+
+def test_a_session_with_many_requests_does_not_starve_another() -> None:
+    """Requests that share a session's count take turns with somebody else's."""
+    desk = Desk(max_sequences=1, budget=4)
+    crowd, single = desk.session(keeps=False), desk.session(keeps=False)
+    for _ in range(5):
+        desk.submit(8, count=1, session=crowd)
+    alone = desk.submit(8, count=1, session=single)
+    order = []
+    while desk.scheduler.has_work:
+        order += [chunk.sequence for chunk in desk.step().chunks]
+    assert order.index(alone) == 2, "right after the first of the crowd"
+
+
+def test_the_end_comes_once() -> None:
+    desk = Desk()
+    sequence = desk.submit(6)
+    desk.step()
+    desk.scheduler.end(sequence, "abort")
+    seen = desk.pool.events.seq
+    desk.scheduler.end(sequence, "abort")
+    assert desk.pool.events.seq == seen
+
+
+def test_what_a_failed_turn_wrote_last_is_not_found() -> None:
+    desk = Desk()
+    sequence = desk.submit(6, session=desk.session("shared"))
+    take_step(desk.scheduler, desk.model, desk.limits, "whole step")
+    assert sequence.state == "done"
+    assert desk.pool.available == desk.pool.free == desk.pool.num_blocks
+    again = desk.submit(6, session=desk.session("shared"))
+    desk.finish()
+    assert again.cached == 0
+    assert again.tokens[6:] == answer(again.tokens[:6], 5)
