@@ -14,7 +14,7 @@ from chatpage.schedule.scheduler import Chunk, Scheduler, Step
 from chatpage.schedule.sequence import Sequence
 from chatpage.schedule.session import Session
 
-ALPHABET = 3  # so few tokens that prefixes of strangers collide all the time
+ALPHABET = 3
 GARBAGE = -1
 
 Fault = Literal["none", "one row", "whole step"]
