@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from chatpage.engine import Engine, OpenSession
 from chatpage.errors import RequestError
 from chatpage.schedule.params import SamplingParams
-from chatpage.schedule.request import Delta, Prompt, Request
+from chatpage.schedule.request import Delta, FinishReason, Prompt, Request
 from chatpage.stream import Stream
 from chatpage.text.template import Message
 
@@ -18,13 +18,17 @@ class Exchange:
     prompt: Prompt
     text: str = ""
     tokens: list[int] = field(default_factory=list)
-    done: bool = False
+    finish_reason: FinishReason | None = None
     stream: Stream | None = None
 
     def hear(self, delta: Delta) -> None:
         self.text += delta.text
         self.tokens += delta.tokens
-        self.done = self.done or delta.state == "done"
+        self.finish_reason = delta.finish_reason
+
+    @property
+    def done(self) -> bool:
+        return self.finish_reason is not None
 
 
 class Conversation:
@@ -109,7 +113,9 @@ class Conversation:
         that would write the past differently cannot spoil what was computed.
         """
         turn: Message = {"role": "user", "content": text}
-        follow_up = self.engine.template.follow_up([turn]) if before else None
+        self.engine.require_size([turn])
+        goes_on = bool(before) and not self._met_a_stop_string(before[-1])
+        follow_up = self.engine.template.follow_up([turn]) if goes_on else None
         if follow_up is None:
             return self.engine.prompt([*self._system(), *self._said(before), turn])
         last = before[-1]
@@ -124,6 +130,11 @@ class Conversation:
     def _said(exchanges: list[Exchange]) -> list[Message]:
         pairs = [({"role": "user", "content": e.question}, {"role": "assistant", "content": e.text}) for e in exchanges]
         return [message for pair in pairs for message in pair]
+
+    def _met_a_stop_string(self, exchange: Exchange) -> bool:
+        """Its last tokens spell the stop string then, which is no part of the answer."""
+        ends_by_token = exchange.tokens and exchange.tokens[-1] in self.engine.core.stop_token_ids
+        return exchange.finish_reason == "stop" and not ends_by_token
 
     def _closing(self, answer: list[int]) -> list[int]:
         """What is missing of the template's end of turn: all of it after an answer that was stopped."""

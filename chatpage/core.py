@@ -112,7 +112,11 @@ class Core:
         loaded, settings = self.loaded, self.settings
         block_bytes = bytes_per_block(loaded.layers, settings.block_size, loaded.dtype)
         free = free_memory(loaded.device)
-        longest = min(settings.max_model_len or loaded.max_positions, loaded.max_positions)
+        longest = settings.max_model_len or loaded.max_positions
+        if longest > loaded.max_positions:
+            raise SettingError(
+                f"--max-model-len is {longest}, but this model's contexts end at {loaded.max_positions} tokens."
+            )
         fits = affordable_blocks(free, settings.kv_memory, block_bytes) * settings.block_size
         if settings.max_model_len is None and settings.kv_blocks is None and 0 < fits < longest:
             self.notes.append(
@@ -231,7 +235,10 @@ class Core:
     def end_all(self, error: str | None) -> None:
         """Tell every reader that nothing more will come: the turn was cut off, or failed with this error."""
         for turn in list(self.turns.values()):
-            self._finish(turn, "error" if error else "abort", error=error)
+            try:
+                self._finish(turn, "error" if error else "abort", error=error)
+            except Exception:  # the other readers wait too
+                log.exception("A turn could not be ended in order")
         self.wake_readers()
 
     # -- watching -------------------------------------------------------------------------------------------------
@@ -272,6 +279,7 @@ class Core:
             self._tell(self.turns[sequence.id], "preempted")
         for sequence in step.exhausted:
             self._finish(self.turns[sequence.id], "length")
+        self.wake_readers()  # who was cancelled or preempted need not wait for the model
         if step.chunks:
             try:
                 self._deliver(step, self._compute(step))
@@ -338,10 +346,12 @@ class Core:
         if reason in ("abort", "length") and not tokens:  # cut off from outside: what was held back is certain now
             text = turn.answer.flush()
         del self.turns[turn.sequence.id]
-        self.scheduler.end(turn.sequence, error or reason, failed=reason == "error")
-        self.counts[reason] += 1
-        self.counts["cached_tokens"] += turn.sequence.cached or 0
-        self._tell(turn, "done", text=text, tokens=tokens, finish_reason=reason, error=error)
+        try:
+            self.scheduler.end(turn.sequence, error or reason, failed=reason == "error")
+        finally:  # whatever is wrong with the cache, nobody waits for ever
+            self.counts[reason] += 1
+            self.counts["cached_tokens"] += turn.sequence.cached or 0
+            self._tell(turn, "done", text=text, tokens=tokens, finish_reason=reason, error=error)
 
     def _tell(
         self,
@@ -375,8 +385,12 @@ class Core:
         events = self._events[:]
         self._events.clear()
         self.view.apply_all(events)
-        for listener in self._listeners:
-            listener(None, events)
+        for listener in self._listeners[:]:
+            try:
+                listener(None, events)
+            except Exception:  # a full disk or a closed event loop is no reason to end anybody's answer
+                log.exception("A listener failed; it hears no more")
+                self._listeners.remove(listener)
 
 
 def _row(chunk: Chunk) -> Row:

@@ -81,8 +81,9 @@ class Engine:
 
     def stop(self, timeout: float = 3.0) -> None:
         """Cancel everything and end the thread. Harmless the second time."""
-        if self.status in ("starting", "ready"):
-            self.status, self.detail = "stopping", "The server is stopping"
+        with self._lock:
+            if self.status in ("starting", "ready"):
+                self.status, self.detail = "stopping", "The server is stopping"
         self._post(lambda: None)
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout)
@@ -195,19 +196,31 @@ class Engine:
             text = messages[0].get("content")
         elif messages and text:
             messages = [{"role": "system", "content": text}, *messages]
-        size = sum(len(str(message.get("content")).encode("utf-8", "replace")) for message in messages)
-        if size > MAX_BYTES_PER_TOKEN * self.max_model_len:
-            raise self._too_long(f"more than {self.max_model_len}")
+        self.require_size(messages)
         tokens = self.template.render(messages)
         self.require_room(len(tokens))
         system = next((s for s in self.systems if s.text == text), None)
         shared = common_length(tokens, system.tokens) if system and self.sharing != "off" else 0
         return Prompt(tuple(tokens), shared)
 
+    def require_size(self, messages: "list[Message]") -> None:
+        """Refuse texts that are so long that they need not even be tokenised."""
+        size = sum(len(str(message.get("content")).encode("utf-8", "replace")) for message in messages)
+        if size > MAX_BYTES_PER_TOKEN * self.max_model_len:
+            raise self._too_long(f"more than {self.max_model_len}")
+
     def require_room(self, tokens: int) -> None:
         """Refuse a prompt that leaves no room for an answer in the context."""
         if tokens >= self.max_model_len:
             raise self._too_long(str(tokens))
+
+    def _require_known(self, tokens: tuple[int, ...]) -> None:
+        """Refuse a prompt that would make its step fail, and with it everybody's who is in that step."""
+        if not tokens:
+            raise RequestError("The prompt has no tokens; it must have at least one.", param="messages")
+        last = self.core.loaded.vocab_size - 1
+        if unknown := [token for token in tokens if not 0 <= token <= last]:
+            raise RequestError(f"The prompt has token {unknown[0]}; the model knows 0 to {last}.", param="messages")
 
     def _too_long(self, tokens: str) -> RequestError:
         return RequestError(
@@ -228,6 +241,7 @@ class Engine:
             Unavailable: the engine is not ready.
         """
         self._require_ready()
+        self._require_known(request.prompt.tokens)
         self.require_room(len(request.prompt.tokens))
         self.core.scheduler.require_room(request.prompt)
         if request.session is not None and not self.has_session(request.session):
@@ -335,8 +349,9 @@ class Engine:
         from chatpage.core import Core  # late: torch takes seconds to import, and the page is up meanwhile
 
         self._core = Core(self.settings, self._say)
-        if self.status == "starting":
-            self.status, self.detail = "ready", "Ready"
+        with self._lock:
+            if self.status == "starting":
+                self.status, self.detail = "ready", "Ready"
         self._settled.set()
 
     def _say(self, detail: str) -> None:
@@ -362,6 +377,9 @@ class Engine:
             self._ended = True
         if self._core is not None:  # otherwise there is nothing that a command could change
             while not self._commands.empty():
-                self._commands.get()()
+                try:
+                    self._commands.get()()
+                except Exception:  # the others who asked wait too
+                    log.exception("A command failed while the engine ended")
             self._core.end_all(self.detail if self.status == "failed" else None)
         self._settled.set()

@@ -72,7 +72,8 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs; auto prefers a GPU.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto",
-        description="Number format of weights, keys and values; auto is the checkpoint's on a GPU, float32 else.",
+        description="Number format of weights, keys and values; auto is bfloat16, else float16, on a GPU, float32 on a "
+        "CPU.",
     )
     attention: Annotated[Literal["auto", "reference", "triton"], AfterValidator(_no_triton)] = Field(
         "auto", description="How attention is computed: reference is plain PyTorch."
@@ -92,7 +93,9 @@ class Settings(BaseSettings):
     max_output_tokens: int | None = Field(
         None, ge=1, description="Longest answer, in tokens; left out, to the end of the context."
     )
-    max_queue: int = Field(64, ge=1, le=2**16, description="Requests that may wait; one more is refused as busy.")
+    max_queue: int = Field(
+        64, ge=1, le=2**16, description="Requests taken beyond --max-sequences; one more is refused as busy."
+    )
     session_ttl: float = Field(
         300.0, gt=0, le=10**6, description="Seconds that a silent session keeps its blocks between turns."
     )

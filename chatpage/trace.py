@@ -5,6 +5,8 @@ no text and no token ids.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from chatpage.errors import SettingError
@@ -15,22 +17,29 @@ class Trace:
     """Writes a trace file. A listener for `Engine.subscribe`.
 
     Raises:
-        SettingError: the file cannot be written.
+        SettingError: the file cannot be written; also when it is called.
     """
 
     def __init__(self, path: str, *, sharing: str) -> None:
+        self._path = path
         self._sharing = sharing
-        try:
+        with self._refusal():
             self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 - open as long as the engine runs
-        except OSError as error:
-            raise SettingError(f"--trace is {path!r}, which cannot be written: {error.strerror}.") from error
 
     def __call__(self, snapshot: Snapshot | None, events: list[Event]) -> None:
-        if snapshot is not None:
-            self._write({"snapshot": snapshot.to_json(scope="full", sharing=self._sharing)})
-        for event in events:
-            self._write({"event": event.to_json()})
-        self._file.flush()
+        with self._refusal():
+            if snapshot is not None:
+                self._write({"snapshot": snapshot.to_json(scope="full", sharing=self._sharing)})
+            for event in events:
+                self._write({"event": event.to_json()})
+            self._file.flush()
+
+    @contextmanager
+    def _refusal(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SettingError(f"--trace is {self._path!r}, which cannot be written: {error.strerror}.") from error
 
     def _write(self, line: dict[str, object]) -> None:
         self._file.write(json.dumps(line, separators=(",", ":")) + "\n")

@@ -142,6 +142,8 @@ class Scheduler:
             self._rest(sequence, reason)
         else:
             self._leave(sequence, reason)
+            if session.resting is not None:  # it never began, so the turn before it rests on
+                self.events.emit("state", reason, sequence=session.resting.id, session=session.id, state="resting")
 
     def _rest(self, sequence: Sequence, reason: str) -> None:
         session = sequence.session
@@ -187,7 +189,10 @@ class Scheduler:
                 if not self.running:
                     step.exhausted.append(sequence)  # all is released by now, so it will never fit
                 break
-            budget -= self._run(sequence, budget, step)
+            ran = self._run(sequence, budget, step)
+            if not ran:  # it had to make way again at once
+                break
+            budget -= ran
         return step
 
     def finish(self, step: Step) -> None:
