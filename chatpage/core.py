@@ -99,7 +99,7 @@ class Core:
         self.counts: Counter[str] = Counter()
         self.turns: dict[int, Turn] = {}
         self._listeners: list[Listener] = []
-        self._touched: set[Stream] = set()  # streams with something new since they were woken last
+        self._outbox: list[tuple[Stream, Delta]] = []  # told after the events: nobody knows more than the panel
         self._failed_steps = 0
         if settings.trace:
             self.add_listener(Trace(settings.trace, sharing=self.sharing))
@@ -189,8 +189,8 @@ class Core:
         params, length = request.params, len(request.prompt.tokens)
         refusal = self._refusal(session)
         if session is None or refusal:
-            stream.put(Delta("done", prompt_tokens=length, finish_reason="error", error=refusal))
-            self._touched.add(stream)
+            refused = Delta("done", prompt_tokens=length, finish_reason="error", error=refusal)
+            self._outbox.append((stream, refused))
             return
         seed = secrets.randbits(63) if params.seed is None else params.seed
         sequence = self.scheduler.submit(session, request.prompt, params, seed=seed)
@@ -239,7 +239,7 @@ class Core:
                 self._finish(turn, "error" if error else "abort", error=error)
             except Exception:  # the other readers wait too
                 log.exception("A turn could not be ended in order")
-        self.wake_readers()
+        self._hand_out()
 
     # -- watching -------------------------------------------------------------------------------------------------
 
@@ -279,7 +279,8 @@ class Core:
             self._tell(self.turns[sequence.id], "preempted")
         for sequence in step.exhausted:
             self._finish(self.turns[sequence.id], "length")
-        self.wake_readers()  # who was cancelled or preempted need not wait for the model
+        if self._outbox:  # who was cancelled or preempted need not wait for the model
+            self._hand_out()
         if step.chunks:
             try:
                 self._deliver(step, self._compute(step))
@@ -287,14 +288,17 @@ class Core:
             except Exception:
                 log.exception("A step failed")
                 self._abandon(step)
-        self._hand_out_events()
-        self.wake_readers()
+        self._hand_out()
         if self.settings.paranoid:
             self.check()
 
-    def wake_readers(self) -> None:
-        Stream.wake(self._touched)
-        self._touched.clear()
+    def _hand_out(self) -> None:
+        """Tell the listeners, then the readers."""
+        self._hand_out_events()
+        outbox, self._outbox = self._outbox, []
+        for stream, delta in outbox:
+            stream.put(delta)
+        Stream.wake({stream for stream, _ in outbox})
 
     def _compute(self, step: Step) -> list[int | None]:
         """Run one step, and publish what it computed. Returns the token drawn for each chunk, if any."""
@@ -364,20 +368,18 @@ class Core:
         error: str | None = None,
     ) -> None:
         sequence = turn.sequence
-        turn.stream.put(
-            Delta(
-                state=state,
-                text=text,
-                tokens=tokens,
-                prompt_tokens=sequence.prompt_length,
-                cached_tokens=sequence.cached or 0,
-                computed_tokens=min(sequence.computed, sequence.prompt_length),
-                completion_tokens=sequence.generated,
-                finish_reason=finish_reason,
-                error=error,
-            )
+        delta = Delta(
+            state=state,
+            text=text,
+            tokens=tokens,
+            prompt_tokens=sequence.prompt_length,
+            cached_tokens=sequence.cached or 0,
+            computed_tokens=min(sequence.computed, sequence.prompt_length),
+            completion_tokens=sequence.generated,
+            finish_reason=finish_reason,
+            error=error,
         )
-        self._touched.add(turn.stream)
+        self._outbox.append((turn.stream, delta))
 
     def _hand_out_events(self) -> None:
         if not self._events:

@@ -162,24 +162,23 @@ class Engine:
     def describe(self, view_token: str) -> dict[str, Any] | None:
         """The tokens of one's own session with their places (`GET /kv/me`), or None for an unknown view token.
 
+        A session that was closed has none.
+
         Raises:
             Unavailable: the engine is not ready.
         """
         self._require_ready()
-        session = self._sessions.seen_by(view_token)
-        if session is None:
+        seen = self._sessions.seen_by(view_token)
+        if seen is None:
             return None
+        number, session = seen
+        places = self._ask(lambda: self.core.places(session)) if session else []
+        return {"session": number, "sequences": [self._place_tokens(*place) for place in places]}
+
+    def _place_tokens(self, sequence: int, tokens: list[int], table: list[int]) -> dict[str, Any]:
         size, text = self.block_size, self.core.token_text
-        sequences = [
-            {
-                "id": number,
-                "tokens": [
-                    {"text": text(token), "block": table[i // size], "slot": i % size} for i, token in enumerate(tokens)
-                ],
-            }
-            for number, tokens, table in self._ask(lambda: self.core.places(session))
-        ]
-        return {"session": session.id, "sequences": sequences}
+        placed = [{"text": text(token), "block": table[i // size], "slot": i % size} for i, token in enumerate(tokens)]
+        return {"id": sequence, "tokens": placed}
 
     # -- requests -------------------------------------------------------------------------------------------------
 

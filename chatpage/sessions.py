@@ -5,6 +5,7 @@ import hmac
 import itertools
 import secrets
 import threading
+from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -43,6 +44,7 @@ class Sessions:
         self._by_key: dict[str, Session] = {}
         self._keys: dict[str, str] = {}  # by view token
         self._view_tokens: dict[str, str] = {}  # by key
+        self._closed: OrderedDict[str, int] = OrderedDict()  # by view token, of the sessions closed last
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -60,18 +62,29 @@ class Sessions:
         return OpenSession(key, view_token, session.id), crowded
 
     def close(self, key: str) -> Session | None:
-        """Forget a session. None where it is not open."""
+        """Forget a session, but for its view token. None where it is not open."""
         with self._lock:
             session = self._by_key.pop(key, None)
-            self._keys.pop(self._view_tokens.pop(key, ""), None)
+            if session is not None:
+                view_token = self._view_tokens.pop(key)
+                del self._keys[view_token]
+                self._closed[view_token] = session.id
+                if len(self._closed) > MAX_SESSIONS:
+                    self._closed.popitem(last=False)
         return session
 
     def get(self, key: str) -> Session | None:
         return self._by_key.get(key)
 
-    def seen_by(self, view_token: str) -> Session | None:
-        """The session whose owner has this view token."""
-        return self._by_key.get(self._keys.get(view_token, ""))
+    def seen_by(self, view_token: str) -> tuple[int, Session | None] | None:
+        """The session whose owner has this view token: its pseudonym, and itself while it is open."""
+        with self._lock:
+            if view_token in self._keys:
+                session = self._by_key[self._keys[view_token]]
+                return session.id, session
+            if view_token in self._closed:
+                return self._closed[view_token], None
+        return None
 
     def passing(self, owner: str | None) -> Session:
         """A session for one request, which leaves when it ends. Requests of one owner share a domain."""

@@ -233,7 +233,7 @@ def test_a_session_that_was_closed_is_not_known(engine: Engine) -> None:
     with pytest.raises(RequestError, match="session"):
         ask(engine, QUESTION, session=session)
     assert not engine.has_session(session.key)
-    assert engine.describe(session.view_token) is None
+    assert engine.describe(session.view_token) == {"session": session.id, "sequences": []}
 
 
 def test_a_silent_session_releases_its_blocks(launch: Callable[..., Engine]) -> None:

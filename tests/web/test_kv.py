@@ -4,11 +4,13 @@ import asyncio
 import base64
 import json
 import threading
+import time
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -172,9 +174,11 @@ def test_an_id_that_cannot_be_resumed_from_gets_a_snapshot(served: Served, last_
         assert reader.events[0][0] == "snapshot"
 
 
-def test_ones_own_tokens(served: Served):
+def test_ones_own_tokens(served: Served, monkeypatch: pytest.MonkeyPatch):
     conversation = Conversation(served.engine)
     talk(conversation, "My own words")
+    now = time.monotonic()
+    monkeypatch.setattr(kv, "time", SimpleNamespace(monotonic=lambda: now, time=time.time))  # all in one second
     headers = {"Authorization": f"Bearer {conversation.session.view_token}"}
     answers = [httpx.get(f"{served.url}/kv/me", headers=headers) for _ in range(6)]
     assert [answer.status_code for answer in answers[:4]] == [200] * 4
