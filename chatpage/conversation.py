@@ -90,7 +90,7 @@ class Conversation:
         self.session = self.engine.open_session()
 
     def close(self) -> None:
-        """Stop, and give all blocks back. Harmless the second time."""
+        """Stop, and give all blocks back. Harmless the second time. What was said stays, and can be gone on from."""
         self.engine.close_session(self.session.key)
 
     def _ask(self, before: list[Exchange], text: str, params: SamplingParams) -> Stream:

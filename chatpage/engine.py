@@ -71,13 +71,14 @@ class Engine:
         """Wait for the end of start-up.
 
         Raises:
-            ChatPageError: why the model or a setting was refused.
+            ChatPageError: why the model or a setting was refused, or that the engine was stopped meanwhile.
             TimeoutError: it is not over yet.
         """
         if not self._settled.wait(timeout):
             raise TimeoutError(f"The engine was not ready after {timeout} seconds: {self.detail}.")
         if self._error is not None:
             raise self._error
+        self._require_ready()
 
     def stop(self, timeout: float = 3.0) -> None:
         """Cancel everything and end the thread. Harmless the second time."""
@@ -262,7 +263,7 @@ class Engine:
     def _session_of(self, request: Request) -> "Session | None":
         if request.session is None:
             return self._sessions.passing(request.owner)
-        return self._sessions.get(request.session)
+        return self._sessions.use(request.session)
 
     def _enter_queue(self) -> None:
         limit = self.settings.max_sequences + self.settings.max_queue
@@ -340,7 +341,7 @@ class Engine:
             self._fail(error, str(error))
         except Exception as error:
             log.exception("The engine's thread ended")
-            self._fail(error, f"The engine failed: {type(error).__name__}: {error}")
+            self._fail(error, "The engine failed; the server's log says why")
         finally:
             self._end()
 

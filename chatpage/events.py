@@ -30,7 +30,6 @@ import base64
 import secrets
 import time
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -64,31 +63,22 @@ class Event(NamedTuple):
 
 
 class EventLog:
-    """Numbers the events, keeps the last `keep` of them, and hands each to whoever listens.
+    """Numbers the events and hands each to whoever listens.
 
     Not thread-safe: it belongs to the thread that owns the cache. Listeners are called on that thread, at once.
     """
 
-    def __init__(self, keep: int = 20_000) -> None:
+    def __init__(self) -> None:
         self.epoch = secrets.token_hex(4)
         self.seq = 0
-        self.recent: deque[Event] = deque(maxlen=keep)
         self.listeners: list[Callable[[Event], None]] = []
 
     def emit(self, kind: str, reason: str, **fields: Any) -> None:
-        """Append one event. The keyword arguments are fields of `Event`."""
+        """Tell of one event. The keyword arguments are fields of `Event`."""
         self.seq += 1
         event = Event(self.seq, kind, reason, **fields)
-        self.recent.append(event)
         for listener in self.listeners:
             listener(event)
-
-    def since(self, seq: int) -> list[Event] | None:
-        """The events after number `seq`, or None where the oldest of them is no longer kept."""
-        missing = self.seq - seq
-        if missing < 0 or missing > len(self.recent):
-            return None
-        return [self.recent[i] for i in range(len(self.recent) - missing, len(self.recent))]
 
 
 @dataclass(slots=True)

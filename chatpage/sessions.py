@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from chatpage.schedule.session import Session
 
-MAX_SESSIONS = 10_000  # open at once; beyond it the one opened first is closed
+MAX_SESSIONS = 10_000  # open at once; beyond it the one that was used longest ago is closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Sessions:
         self._boot_key = secrets.token_bytes(32)
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
-        self._by_key: dict[str, Session] = {}
+        self._by_key: OrderedDict[str, Session] = OrderedDict()  # used longest ago first
         self._keys: dict[str, str] = {}  # by view token
         self._view_tokens: dict[str, str] = {}  # by key
         self._closed: OrderedDict[str, int] = OrderedDict()  # by view token, of the sessions closed last
@@ -73,8 +73,12 @@ class Sessions:
                     self._closed.popitem(last=False)
         return session
 
-    def get(self, key: str) -> Session | None:
-        return self._by_key.get(key)
+    def use(self, key: str) -> Session | None:
+        """The session that this key opens, which is in use now."""
+        with self._lock:
+            if key in self._by_key:
+                self._by_key.move_to_end(key)
+            return self._by_key.get(key)
 
     def seen_by(self, view_token: str) -> tuple[int, Session | None] | None:
         """The session whose owner has this view token: its pseudonym, and itself while it is open."""

@@ -9,7 +9,7 @@ Tables never change for tokens that are there, except when a write needs a copy 
 
 from collections.abc import Hashable, Sequence
 
-from chatpage.cache.pool import BlockPool, PoolFull
+from chatpage.cache.pool import BlockPool
 from chatpage.cache.prefix import SYSTEM, Node
 
 
@@ -173,6 +173,3 @@ class BlockTable:
         chunk = tuple(tokens[start : start + count])
         domain = SYSTEM if start + count <= self.system_tokens else self.domain
         return self.pool.publish(self._node, domain, chunk, self.blocks[logical], self.sequence)
-
-
-__all__ = ["BlockTable", "PoolFull"]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from chatpage.cache.prefix import common_length
 from chatpage.errors import RequestError
 
 Message = dict[str, str]
@@ -84,7 +85,7 @@ class ChatTemplate:
         prefix = self.render([*system, TURN[0]])
         for opening in OPENINGS:
             other = self.render([*system, {"role": "user", "content": opening}])
-            prefix = prefix[: _common_length(prefix, other)]
+            prefix = prefix[: common_length(prefix, other)]
         return prefix
 
     def follow_up(self, turn: list[Message]) -> list[int] | None:
@@ -229,10 +230,3 @@ def _any_of(tokens: set[str]) -> re.Pattern[str]:
 def _is_markup(token: str) -> bool:
     """Neither a word nor white space, which a tokenizer may also have as added tokens."""
     return not all(character.isalnum() or character.isspace() for character in token)
-
-
-def _common_length(a: list[int], b: list[int]) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))

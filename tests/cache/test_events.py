@@ -27,11 +27,11 @@ FIELDS = {
 }
 
 
-def log_of(count: int, keep: int = 100) -> EventLog:
-    log = EventLog(keep)
-    for number in range(count):
-        log.emit("evict", "test", block=number + 1)
-    return log
+def listened() -> tuple[EventLog, list[Event]]:
+    """A log, and what it has told so far."""
+    log, heard = EventLog(), []
+    log.listeners.append(heard.append)
+    return log, heard
 
 
 @pytest.fixture
@@ -56,37 +56,17 @@ def story() -> tuple[Cache, Snapshot, list[Event]]:
     events.emit("preempt", "test", sequence=4, session=102)
     third.release("preempt")
     cache.check()
-    return cache, snapshot, list(events.recent)
+    return cache, snapshot, cache.heard
 
 
 # -- the log ----------------------------------------------------------------------------------------------------------
 
 
-def test_numbers_rise_by_one_from_one() -> None:
-    assert [event.seq for event in log_of(5).recent] == [1, 2, 3, 4, 5]
-
-
-def test_since_gives_what_came_after() -> None:
-    log = log_of(5)
-    assert [event.seq for event in log.since(2) or []] == [3, 4, 5]
-    assert log.since(5) == []
-    assert len(log.since(0) or []) == 5
-
-
-def test_since_never_leaves_a_gap() -> None:
-    log = log_of(10, keep=4)
-    assert [event.seq for event in log.since(6) or []] == [7, 8, 9, 10]
-    assert log.since(5) is None, "event 6 is no longer kept"
-    assert log.since(11) is None, "a number from another epoch"
-    assert EventLog().since(0) == []
-
-
 def test_listeners_hear_each_event_once_in_order() -> None:
-    log, heard = EventLog(), []
-    log.listeners.append(heard.append)
+    log, heard = listened()
     log.emit("evict", "test", block=3)
     log.emit("end", "test", sequence=1)
-    assert heard == list(log.recent)
+    assert heard == [Event(1, "evict", "test", block=3), Event(2, "end", "test", sequence=1)]
 
 
 def test_every_log_has_its_own_epoch() -> None:
@@ -127,11 +107,11 @@ def test_zero_is_a_value() -> None:
 
 
 def test_an_event_that_is_not_the_next_one_is_refused() -> None:
-    log = EventLog()
+    log, heard = listened()
     snapshot = Snapshot.empty(log, block_size=4, num_blocks=3)
     log.emit("state", "test", sequence=1, session=1, state="queued")
     log.emit("allocate", "test", sequence=1, logical=0, block=1, ref=1)
-    first, second = log.recent
+    first, second = heard
     with pytest.raises(ValueError, match="event 2 cannot follow event 0"):
         snapshot.apply(second)
     snapshot.apply(first)
@@ -159,15 +139,15 @@ def test_replay_gives_the_pool(story: tuple[Cache, Snapshot, list[Event]]) -> No
 
 
 def test_a_session_goes_with_its_last_sequence() -> None:
-    log = EventLog()
+    log, heard = listened()
     snapshot = Snapshot.empty(log, block_size=4, num_blocks=3)
     log.emit("state", "test", sequence=1, session=9, state="decode")
     log.emit("fork", "test", sequence=2, session=9, parent=1, at=0)
     log.emit("end", "test", sequence=1)
-    snapshot.apply_all(log.recent)
+    snapshot.apply_all(heard)
     assert list(snapshot.sessions[9].sequences) == [2]
     log.emit("end", "test", sequence=2)
-    snapshot.apply(log.recent[-1])
+    snapshot.apply(heard[-1])
     assert snapshot.sessions == {}
 
 
@@ -226,7 +206,7 @@ def test_snapshot_on_the_wire(story: tuple[Cache, Snapshot, list[Event]]) -> Non
 
 
 def test_pool_on_the_wire_is_one_entry_a_block_without_the_null_block() -> None:
-    log = EventLog()
+    log, heard = listened()
     snapshot = Snapshot.empty(log, block_size=4, num_blocks=3)
     log.emit("state", "test", sequence=1, session=1, state="decode")
     log.emit("allocate", "test", sequence=1, logical=0, block=2, ref=1)
@@ -234,7 +214,7 @@ def test_pool_on_the_wire_is_one_entry_a_block_without_the_null_block() -> None:
     log.emit("write", "test", sequence=1, logical=0, block=2, fill=3, at=3)
     log.emit("allocate", "test", sequence=1, logical=1, block=3, ref=1)
     log.emit("release", "test", sequence=1, logical=1, block=3, ref=0, becomes="idle")
-    snapshot.apply_all(log.recent)
+    snapshot.apply_all(heard)
     pool = {key: base64.b64decode(text) for key, text in snapshot.to_json(scope="full", sharing="all")["pool"].items()}
     assert list(pool["state"]) == [FREE, USED, IDLE]
     assert struct.unpack("<3H", pool["ref"]) == (0, 258, 0)

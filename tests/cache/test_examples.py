@@ -68,7 +68,7 @@ def test_system_prompt_that_ends_inside_a_block_costs_each_session_one_copy() ->
     head, tail = cache.pin(system)
     tables = [cache.compute([*system, 10, 11, 12, 13, 14, 15], domain, len(system)) for domain in "abc"]
 
-    assert [event.source for event in cache.events.recent if event.kind == "copy"] == [tail] * 3
+    assert [event.source for event in cache.heard if event.kind == "copy"] == [tail] * 3
     assert cache.pool.ref[head] == 3, "all sessions share the block that the prompt fills"
     assert cache.pool.ref[tail] == 0, "and hold copies of the one in which it ends"
     assert len({table.blocks[1] for table in tables}) == 3
@@ -161,7 +161,7 @@ def test_idle_blocks_are_evicted_least_recently_used_and_tails_first() -> None:
     second.release()
     assert (cache.pool.free, cache.pool.idle) == (2, 4)
     cache.table().append(6 * 4)
-    evicted = [event.block for event in cache.events.recent if event.kind == "evict"]
+    evicted = [event.block for event in cache.heard if event.kind == "evict"]
     assert evicted == [old[1], old[0], recent[1], recent[0]]
     cache.check()
 
