@@ -491,3 +491,11 @@ def test_describe_tells_a_sessions_own_tokens_and_places(engine: Engine) -> None
     assert [token["block"] for token in sequence["tokens"][::4]] == table
     assert [token["slot"] for token in sequence["tokens"]][:6] == [0, 1, 2, 3, 0, 1]
     assert engine.describe(session.key) is None
+
+
+def test_who_waits_for_an_engine_that_is_stopped_meanwhile_is_told(checkpoint: Callable[[str], Path]) -> None:
+    engine = Engine(Settings(model=str(checkpoint("llama"))))
+    engine.start()
+    engine.stop(timeout=30)
+    with pytest.raises(Unavailable):
+        engine.wait_ready(30)
