@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import gc
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -21,6 +22,10 @@ class _Parser(argparse.ArgumentParser):
     """Reports a mistake as every other one: a sentence, without the usage lines."""
 
     def error(self, message: str) -> NoReturn:
+        named = re.match(r"argument (--\S+): (expected one argument|ignored explicit argument)", message)
+        if named:
+            wanted = "needs a value" if named[2].startswith("expected") else "is on or off, and takes no value"
+            raise SettingError(f"{named[1]} {wanted}.")
         raise SettingError(message[:1].upper() + message[1:].rstrip(".") + ".")
 
 

@@ -80,7 +80,9 @@ class Settings(BaseSettings):
     )
     block_size: int = Field(16, ge=1, le=MAX_BLOCK_SIZE, description="Slots (tokens) in one block of the pool.")
     kv_blocks: int | None = Field(
-        None, ge=1, description="Blocks in the pool; left out, as many as --kv-memory allows."
+        None,
+        ge=1,
+        description="Blocks in the pool; left out, what the sequences can fill, as far as --kv-memory allows.",
     )
     kv_memory: float = Field(0.85, gt=0, le=1, description="Share of the free memory that the pool may take.")
     max_model_len: int | None = Field(
@@ -110,7 +112,7 @@ class Settings(BaseSettings):
         "self (only totals), off (no panel data); auto is full on loopback, aggregate elsewhere.",
     )
     api_key: Annotated[str, AfterValidator(_key)] | None = Field(
-        None, repr=False, description="Key that clients of /v1 must send; left out, none is asked for."
+        None, repr=False, description="Key that clients of /v1 and /metrics must send; left out, none is asked for."
     )
     host: Text = Field(
         default_factory=lambda: "0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1",

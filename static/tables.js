@@ -51,7 +51,8 @@ export class Tables {
 
   _teach(session) {
     const first = [...this.model.system.values()][0]
-    const ready = first ? `The first ${plural(first.table.length, 'block')} of your table are here already: computed once, shared by all.` : ''
+    const shared = this.model.sharing === 'off' ? 0 : Math.floor((first?.tokens ?? 0) / this.model.blockSize)
+    const ready = shared ? `The first ${plural(shared, 'block')} of your table ${shared === 1 ? 'is' : 'are'} here already: computed once, shared by all.` : ''
     if (session?.state === 'queued') return 'Your message waits for room in the pool.'
     if (this.model.own === null) return `Every table starts with the trunk and goes on with blocks of its own. ${ready && 'New sessions find these blocks here: nobody computes them again.'}`
     return `Say something. ${ready}`
@@ -301,7 +302,7 @@ class Others {
 }
 
 const NOBODY = {
-  full: 'nobody else now: open a second tab and see the trunk become ×2',
+  full: 'nobody else now: send a message in a second tab, and the trunk counts one session more',
   self: 'not shown by this server, only counted in the pool',
 }
 

@@ -28,7 +28,7 @@ export const TERMS = {
   contiguous: 'Sequences × longest possible text (max_model_len), in slots. Solid: slots that hold a token. Hatched: reserved, never written.',
   paged: 'Used blocks × block size, in slots. A block that many share counts once. Hatched: slots that are still empty.',
   saved: 'Σ (reference count − 1) over all blocks with at least two references, × bytes per block.',
-  empty: 'Σ (block size − filled slots) over all used blocks. Only a sequence’s last block can have empty slots, so this is all that paging wastes.',
+  empty: 'Σ (block size − filled slots) over all used blocks. Only the last block of a sequence or of a system prompt has empty slots, so this is all that paging wastes.',
   never: 'Reservations minus tokens: slots that would be set aside and hold nothing.',
   event: 'One sentence for each change of a reference count, a table or a state. Point at a line to see its blocks.',
   sharing: 'all: identical text of different sessions uses the same blocks. system: only the operator’s system prompts are shared. off: nothing is shared between sessions.',

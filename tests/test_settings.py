@@ -99,7 +99,8 @@ def test_settings_do_not_change():
         (["--blok-size", "3"], "--blok-size is not a setting; did you mean --block-size?"),
         (["--blok-size=3"], "--blok-size is not a setting"),
         (["folder"], "'folder' is not a flag"),
-        (["--port"], "Argument --port: expected one argument."),
+        (["--port"], "--port needs a value."),
+        (["--paranoid=1"], "--paranoid is on or off, and takes no value."),
     ],
 )
 def test_a_mistake_on_the_command_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):

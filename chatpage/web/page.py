@@ -28,7 +28,7 @@ from chatpage.web.visitors import Visitors
 
 UPDATE_INTERVAL = 0.04  # seconds between two updates of a streaming answer
 POLL_INTERVAL = 0.2  # seconds between two looks at an engine that loads
-CUSTOM = "Custom text, private to this chat"
+CUSTOM = "Custom text"
 
 # Temperature, top-p, top-k, max tokens, seed.
 DEFAULTS = [0.7, 0.95, 0, "", ""]
@@ -182,7 +182,13 @@ class Page:
     def _lay_out_settings(self) -> None:
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             self.preset = gr.Dropdown(label="System prompt", info="A change begins with the next new chat.")
-            self.prompt_text = gr.Textbox(label="Text of the system prompt", lines=3, max_lines=8, interactive=False)
+            self.prompt_text = gr.Textbox(
+                label="Text of the system prompt",
+                lines=3,
+                max_lines=8,
+                interactive=False,
+                placeholder="Empty: the server's default.",
+            )
             with gr.Row():
                 self.temperature = gr.Slider(0, 2, step=0.05, label="Temperature", info="0 takes the likeliest token.")
                 self.top_p = gr.Slider(0.05, 1, step=0.05, label="Top-p", info="1 keeps all.")
@@ -280,7 +286,7 @@ class Page:
         try:
             conversation = self.visitors.open(_key(request), self._system_prompt(values))
         except ChatPageError as error:
-            gr.Warning(str(error), title="Not done")
+            _warn(str(error))
             return {self.status: gr.skip()}
         return {
             self.chat: [],
@@ -311,7 +317,7 @@ class Page:
             progress = Progress(first_turn=not conversation.messages)
             stream = begin(conversation, self._params(values))
         except ChatPageError as error:
-            gr.Warning(str(error), title="Not done")
+            _warn(str(error))
             yield self._truth(key)
             return
         yield {
@@ -326,7 +332,7 @@ class Page:
                     break  # the tab was closed or began a new chat
                 text += delta.text
                 if delta.error:
-                    gr.Warning(delta.error, title="The answer failed")
+                    _warn(delta.error)
                 shown = history + drawn([{"role": "assistant", "content": text}]) if text else history
                 yield {self.chat: shown, self.status: _status_html(progress.line(delta))}
         yield self._truth(key)
@@ -384,6 +390,11 @@ def _whole(name: str, text: str | None) -> int | None:
         raise RequestError(f"{name} is {text!r}; it must be a whole number.", param=name) from None
 
 
+def _warn(message: str) -> None:
+    """Say it in a toast, which would draw HTML."""
+    gr.Warning(html.escape(message, quote=False))
+
+
 def _key(request: gr.Request) -> str:
     if not request.session_hash:
         raise gr.Error("This page needs a browser.")
@@ -399,7 +410,8 @@ def _presets(engine: Engine) -> list[tuple[str, str]]:
     """Label and value of each system prompt that may be chosen."""
     private = engine.sharing == "off"
     shared = [(system.name if private else f"{system.name}, shared", system.name) for system in engine.systems]
-    return [*shared, (CUSTOM, CUSTOM)]
+    own = CUSTOM if engine.sharing == "all" else f"{CUSTOM}, private to this chat"
+    return [*shared, (own, CUSTOM)]
 
 
 def _busy(*, clear: bool) -> Any:

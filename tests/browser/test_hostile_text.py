@@ -103,6 +103,21 @@ def test_nothing_is_fetched_from_elsewhere_whatever_is_drawn(context, url):
         assert asked == []
 
 
+def test_nothing_leaves_its_message_whatever_is_drawn(talk: Visitor):
+    """The second wall: were a styled element ever drawn, it would not cover the page."""
+    talk.ask("0")
+    content = talk.page.get_by_test_id("bot").last.locator(".message-content")
+    cover = """content => {
+        const cover = document.createElement('div')
+        cover.style = 'position: fixed; inset: 0; z-index: 99999'
+        content.append(cover)
+        const inner = cover.getBoundingClientRect(), outer = content.getBoundingClientRect()
+        cover.remove()
+        return [inner.width <= outer.width, inner.height <= outer.height]
+    }"""
+    assert content.evaluate(cover) == [True, True]
+
+
 @pytest.mark.parametrize(
     ("text", "source"),
     [

@@ -213,6 +213,15 @@ def test_settings_reach_the_engine(url, engine, visit):
     assert (engine.asked[-1].seed, engine.asked[-1].max_tokens) == (None, None)
 
 
+def test_a_toast_says_what_was_typed_as_text(url, visit):
+    visitor = visit(url)
+    visitor.page.get_by_role("button", name="Settings").click()
+    visitor.page.get_by_label("Max tokens").fill("<b>5</b> & more")
+    visitor.send("hello")
+    visitor.page.locator(".toast-body").wait_for()
+    assert "max_tokens is '<b>5</b> & more'; it must be a whole number." in visitor.toast()
+
+
 def test_a_new_chat_may_have_another_system_prompt(url, engine, visit):
     engine.systems = [System("default", SYSTEM, (1, 2)), System("pirate", "You are a pirate.", (1, 3))]
     visitor = visit(url)
@@ -224,7 +233,7 @@ def test_a_new_chat_may_have_another_system_prompt(url, engine, visit):
     visitor.page.get_by_test_id("user").wait_for(state="detached")
     visitor.ask("hello")
     visitor.page.get_by_label("System prompt", exact=True).click()
-    visitor.page.get_by_role("option", name="Custom text, private to this chat").click()
+    visitor.page.get_by_role("option", name="Custom text").click()
     visitor.page.get_by_label("Text of the system prompt").fill("You are a cook.")
     visitor.ask("goes on as a pirate")
     visitor.page.get_by_role("button", name="New chat").click()
