@@ -43,7 +43,8 @@ function headline({ sequences, blocks, slots, reserved }, model) {
   const memory = (n) => (model.bytesPerBlock ? ` (${bytes((n / model.blockSize) * model.bytesPerBlock)})` : '')
   if (!sequences) return 'Nobody holds a token. Once somebody does, this compares what paging uses with what reservations would.'
   const who = plural(sequences, 'sequence')
-  const used = `${who} and the system prompt use ${plural(blocks, 'block')}${memory(slots)}.`
+  const holders = model.system.size ? `${who} and the system prompt use` : `${who} ${sequences === 1 ? 'uses' : 'use'}`
+  const used = `${holders} ${plural(blocks, 'block')}${memory(slots)}.`
   if (!model.maxModelLen || reserved <= slots) return used
   return `${used} ${sequences === 1 ? 'One reservation' : 'One reservation each'} would take ${times(reserved / slots)} as much${memory(reserved)}.`
 }
