@@ -133,7 +133,13 @@ class Core:
             block_size=settings.block_size,
             on_cpu=loaded.device.type == "cpu",
         )
-        return longest, ModelRunner(loaded, num_blocks=num_blocks, block_size=settings.block_size)
+        try:
+            return longest, ModelRunner(loaded, num_blocks=num_blocks, block_size=settings.block_size)
+        except (RuntimeError, MemoryError) as error:  # what torch raises for an allocation that fails
+            raise SettingError(
+                f"--kv-blocks is {num_blocks}, but blocks of {block_bytes} bytes each do not fit into memory; "
+                f"the free memory holds {max(0, free // block_bytes - 1)}."
+            ) from error
 
     # -- system prompts -------------------------------------------------------------------------------------------
 

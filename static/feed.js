@@ -4,7 +4,7 @@ import { Gap } from './model.js'
 
 const FIRST_WAIT = 500, LONGEST_WAIT = 10_000 // ms between attempts
 const SILENCE = 45_000 // ms without a byte, pings included, after which the connection counts as lost
-const ME_INTERVAL = 300 // ms: /kv/me allows four reads a second
+const ME_INTERVAL = 400 // ms: /kv/me allows four reads a second
 
 /** Cuts a text stream into server-sent events: `push` returns the ones that are complete. */
 export class EventStreamParser {

@@ -27,3 +27,8 @@ def test_a_context_that_was_asked_for_is_never_shortened(
     monkeypatch.setattr(core, "free_memory", lambda device: 2**20)
     with pytest.raises(SettingError, match="--max-model-len"):
         launch(max_model_len=512, kv_blocks=None, kv_memory=0.1)
+
+
+def test_more_blocks_than_memory_is_one_sentence(launch: Callable[..., Engine]) -> None:
+    with pytest.raises(SettingError, match=r"--kv-blocks is 9000000000000, .* do not fit"):
+        launch(kv_blocks=9 * 10**12)
