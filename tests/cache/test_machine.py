@@ -11,7 +11,7 @@ from chatpage.cache.table import BlockTable
 from tests.cache.machine import CacheMachine, walk
 
 CHECKED = settings(
-    max_examples=100,
+    max_examples=60,
     stateful_step_count=40,
     deadline=None,
     report_multiple_bugs=False,

@@ -26,7 +26,7 @@ def whole(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
 
 @KINDS
 @given(ids=ANY_IDS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_deltas_together_are_the_full_decode_of_any_ids(tokenizer, ids):
     assert "".join(deltas(tokenizer, ids)) == whole(tokenizer, ids)
 
@@ -49,7 +49,7 @@ def test_hard_texts_come_whole_and_in_whole_characters(tokenizer, text):
 
 @KINDS
 @given(pieces=st.lists(st.sampled_from([b"\xf0\x9f\x98", b"\x80", b"\xff", b"\xe2\x82", b"\xac", b"a", b" "])))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_bytes_that_are_no_text(tokenizer, pieces):
     names = BYTE_NAMES if tokenizer is byte_level() else BYTES
     ids = tokenizer.convert_tokens_to_ids([names[byte] for byte in b"".join(pieces)])

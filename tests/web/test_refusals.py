@@ -248,7 +248,7 @@ fields = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=fields | anything)
 def test_anything_is_answered_in_shape(client: httpx.Client, body: object):
     answer = post(client, body)
