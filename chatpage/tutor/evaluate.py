@@ -194,8 +194,9 @@ sentence of the corpus, by token F1, belongs to the right topic and is nearer th
 {exam}
 
 *ordinary*: usual wordings; *reworded*: said differently on purpose; *switch*: ordinary ones after a turn about another
-topic; *follow-up*: why, shorter, again, an example. The authors of the texts wrote the exam as well, so visitors will
-see less.
+topic; *follow-up*: why, shorter, again, an example. The authors of the texts wrote the exam as well, and the bundled
+weights were chosen by it from five runs that differ in recipe and length; so it flatters them, and visitors will see
+less.
 
 ## Limits
 

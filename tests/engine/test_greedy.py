@@ -20,7 +20,6 @@ from chatpage.schedule.request import Prompt, Request
 from tests.engine.harness import Steps, ask, assert_clean, greedy, paused, read, start, user
 
 TUTOR = Path(chatpage.__file__).parent / "tutor" / "weights"
-NO_TUTOR = pytest.mark.skipif(not (TUTOR / "model.safetensors").exists(), reason="the bundled weights are not there")
 LENGTH = 40
 QUESTIONS = [
     "What is a block table?",
@@ -52,7 +51,7 @@ class Oracle:
 
 @pytest.fixture(
     scope="module",
-    params=["llama", "qwen3", "gemma2", pytest.param("tutor", marks=NO_TUTOR)],
+    params=["llama", "qwen3", "gemma2", "tutor"],
 )
 def family(request: pytest.FixtureRequest) -> str:
     return request.param

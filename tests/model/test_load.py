@@ -147,7 +147,7 @@ def test_a_family_that_sees_what_comes_after(checkpoint):
 
 def test_no_gpu():
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("this machine has a GPU, so nothing is refused")
     with pytest.raises(SettingError, match="--device is cuda, but"):
         choose_device("cuda")
 
