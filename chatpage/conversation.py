@@ -1,21 +1,39 @@
-"""A session's conversation. The server's copy is the truth while the session lives; the page only shows it."""
+"""A session's conversation. The server's copy is the truth while the session lives; the page only shows it.
+
+    What is a block? A block is …  ─┬─ And a slot? A slot is …
+                                    └─ And a page? A page is …  ─── Why? Because …
+
+It is a tree of exchanges, each a question and its answer, and one branch of it is shown. To edit, to answer again and
+to branch add an exchange beside another one. What branches have in common is found by its content: it is computed and
+stored once.
+"""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 from chatpage.engine import Engine, OpenSession
 from chatpage.errors import RequestError
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Delta, FinishReason, Prompt, Request
 from chatpage.stream import Stream
-from chatpage.text.template import Message
+
+if TYPE_CHECKING:
+    from chatpage.text.template import Message
+
+MAX_EXCHANGES = 1000  # of one conversation, in all its branches: each keeps the tokens of its prompt
 
 
 @dataclass(eq=False, slots=True)
 class Exchange:
-    """One question and its answer, as far as it has come. The engine's thread writes, others read."""
+    """One question and its answer, as far as it has come. The engine's thread writes, others read.
+
+    Attributes:
+        before: the exchange that this one goes on from; None at the beginning of a conversation.
+    """
 
     question: str
     prompt: Prompt
+    before: "Exchange | None" = None
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -30,23 +48,45 @@ class Exchange:
     def done(self) -> bool:
         return self.finish_reason is not None
 
+    def path(self) -> "list[Exchange]":
+        """All exchanges from the first one to this one."""
+        path = [self]
+        while path[-1].before is not None:
+            path.append(path[-1].before)
+        return path[::-1]
+
+
+class Place(NamedTuple):
+    """Which of the branches that part at a message is shown: number 2 of 3."""
+
+    number: int
+    count: int
+
 
 class Conversation:
-    """One visitor's chat. Between turns its blocks rest; editing or regenerating keeps every block before that point.
+    """One visitor's chat. Between turns its blocks rest; whatever is asked anew keeps every block before that point.
+
+    Messages are counted along the branch that is shown: 0 is its first question, 1 the answer to it. One thread at a
+    time may change a conversation; any may read it.
 
     Args:
         system_prompt: a registered one is shared with all who use it, any other stays private; None is the default.
+        like: a session of the same visitor, whose blocks this conversation may find.
     """
 
-    def __init__(self, engine: Engine, system_prompt: str | None = None) -> None:
+    def __init__(self, engine: Engine, system_prompt: str | None = None, *, like: OpenSession | None = None) -> None:
         self.engine = engine
         self.system_prompt = system_prompt
-        self.session: OpenSession = engine.open_session()
-        self._exchanges: list[Exchange] = []
+        self.session: OpenSession = engine.open_session(like)
+        self._asked: list[Exchange] = []  # in all branches, in the order in which they were asked
+        self._exchanges: list[Exchange] = []  # the shown branch; replaced and never changed, since others read it
+        self._shown_after: dict[Exchange | None, Exchange] = {}  # which way was shown last after each exchange
+
+    # -- what was said --------------------------------------------------------------------------------------------
 
     @property
-    def messages(self) -> list[Message]:
-        """What was said, without the system prompt."""
+    def messages(self) -> "list[Message]":
+        """What was said in the branch that is shown, without the system prompt."""
         said: list[Message] = []
         for exchange in self._exchanges:
             said.append({"role": "user", "content": exchange.question})
@@ -55,8 +95,30 @@ class Conversation:
         return said
 
     @property
+    def shown(self) -> list[Exchange]:
+        """The exchanges of the branch that is shown."""
+        return list(self._exchanges)
+
+    @property
+    def asked(self) -> list[Exchange]:
+        """The exchanges of all branches, in the order in which they were asked."""
+        return list(self._asked)
+
+    @property
     def busy(self) -> bool:
-        return bool(self._exchanges) and not self._exchanges[-1].done
+        return bool(self._asked) and not self._asked[-1].done
+
+    def branches(self, index: int) -> Place:
+        """Which of the branches that part at message `index` is shown. A question and its answer part together.
+
+        Raises:
+            RequestError: there is no such message.
+        """
+        exchange = self._at(index)
+        beside = self._beside(exchange)
+        return Place(beside.index(exchange) + 1, len(beside))
+
+    # -- asking ---------------------------------------------------------------------------------------------------
 
     def say(self, text: str, params: SamplingParams) -> Stream:
         """The next turn.
@@ -67,43 +129,135 @@ class Conversation:
         return self._ask(self._exchanges, text, params)
 
     def regenerate(self, params: SamplingParams) -> Stream:
-        """Answer the last question again."""
+        """Answer the last question again. The answer that it has stays, in a branch of its own."""
         if not self._exchanges:
             raise RequestError("There is no question yet that could be answered again.")
         return self._ask(self._exchanges[:-1], self._exchanges[-1].question, params)
 
     def edit(self, index: int, text: str, params: SamplingParams) -> Stream:
-        """Put another question in place of message number `index`, and forget what came after it."""
+        """Put another question in place of message `index`. That one and what came after it stay, in their branch."""
         if not 0 <= index < 2 * len(self._exchanges) or index % 2:
             raise RequestError(f"Message {index} cannot be edited; only your own messages can.", param="index")
-        return self._ask(self._exchanges[: index // 2], text, params)
+        return self.branch(index, text, params)
+
+    def branch(self, index: int, text: str, params: SamplingParams) -> Stream:
+        """Ask something else after message `index`, or in its place where it is a question.
+
+        Raises:
+            RequestError: as `say`, or there is no such message.
+        """
+        return self._ask(self._until(index), text, params)
 
     def stop(self) -> None:
         """End the running answer. What it has so far stays."""
-        if self._exchanges and self._exchanges[-1].stream is not None:
-            self._exchanges[-1].stream.cancel()
+        if self._asked and self._asked[-1].stream is not None:
+            self._asked[-1].stream.cancel()
+
+    # -- moving between branches ----------------------------------------------------------------------------------
+
+    def switch(self, index: int, number: int) -> None:
+        """Show another of the branches that part at message `index`, with what was shown last after it.
+
+        Args:
+            number: from 1 to the count that `branches` tells.
+
+        Raises:
+            RequestError: there is no such message or branch, or an answer is still being written.
+        """
+        beside = self._beside(self._at(index))
+        if not 1 <= number <= len(beside):
+            raise RequestError(
+                f"Branch {number} of message {index} is not there; it must be one of 1 to {len(beside)}.",
+                param="number",
+            )
+        self.show(beside[number - 1])
+
+    def show(self, exchange: Exchange) -> None:
+        """Show the branch with this exchange, one of `asked`, and what was shown last after it.
+
+        Raises:
+            RequestError: an answer is still being written.
+        """
+        self._require_quiet()
+        path = exchange.path()
+        self._remember(path)
+        while (following := self._shown_after.get(path[-1])) is not None:
+            path.append(following)
+        self._exchanges = path
+
+    def fork(self, index: int) -> "Conversation":
+        """A second conversation, which begins with everything up to message `index`: a question there is left out.
+
+        Its session is another one of the same visitor's, so it finds every block that the two have in common.
+
+        Raises:
+            RequestError: there is no such message, or it is still being written.
+        """
+        path = self._until(index)
+        if path and not path[-1].done:
+            self._require_quiet()
+        other = Conversation(self.engine, self.system_prompt, like=self.session)
+        other._asked, other._exchanges = list(path), path
+        other._remember(path)
+        return other
+
+    # -- the end --------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
-        """Forget everything and begin anew."""
+        """Forget all branches and begin anew."""
         self.close()
-        self._exchanges = []
+        self._asked, self._exchanges, self._shown_after = [], [], {}
         self.session = self.engine.open_session()
 
     def close(self) -> None:
         """Stop, and give all blocks back. Harmless the second time. What was said stays, and can be gone on from."""
         self.engine.close_session(self.session.key)
 
-    def _ask(self, before: list[Exchange], text: str, params: SamplingParams) -> Stream:
+    # -- the tree -------------------------------------------------------------------------------------------------
+
+    def _at(self, index: int) -> Exchange:
+        """The exchange that message `index` is part of."""
+        last = 2 * len(self._exchanges) - 1
+        if not 0 <= index <= last:
+            there = f"the last one is {last}" if last > 0 else "there is none yet"
+            raise RequestError(f"Message {index} is not there; {there}.", param="index")
+        return self._exchanges[index // 2]
+
+    def _until(self, index: int) -> list[Exchange]:
+        """The exchanges up to message `index`. A question cannot be gone on from, so its exchange is left out."""
+        self._at(index)
+        return self._exchanges[: (index + 1) // 2]
+
+    def _beside(self, exchange: Exchange) -> list[Exchange]:
+        """All that go on from the same exchange, this one among them."""
+        return [other for other in self._asked if other.before is exchange.before]
+
+    def _remember(self, path: list[Exchange]) -> None:
+        for exchange in path:
+            self._shown_after[exchange.before] = exchange
+
+    def _require_quiet(self) -> None:
         if self.busy:
             raise RequestError("The last answer is still being written; stop it first.")
+
+    # -- one turn -------------------------------------------------------------------------------------------------
+
+    def _ask(self, before: list[Exchange], text: str, params: SamplingParams) -> Stream:
+        self._require_quiet()
         if not text.strip():
             raise RequestError("The message is empty.", param="messages")
+        if len(self._asked) >= MAX_EXCHANGES:
+            raise RequestError(
+                f"This conversation has {MAX_EXCHANGES} questions in all its branches, which is the most; begin anew."
+            )
         if not self.engine.has_session(self.session.key):  # closed meanwhile: its text lives here
             self.session = self.engine.open_session()
-        exchange = Exchange(text, self._prompt(before, text))
+        exchange = Exchange(text, self._prompt(before, text), before[-1] if before else None)
         request = Request(exchange.prompt, params, session=self.session.key)
         exchange.stream = self.engine.stream(request, exchange.hear)
+        self._asked.append(exchange)
         self._exchanges = [*before, exchange]
+        self._remember(self._exchanges)
         return exchange.stream
 
     def _prompt(self, before: list[Exchange], text: str) -> Prompt:
@@ -123,11 +277,11 @@ class Conversation:
         self.engine.require_room(len(tokens))
         return Prompt(tokens, last.prompt.system_tokens)
 
-    def _system(self) -> list[Message]:
+    def _system(self) -> "list[Message]":
         return [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
 
     @staticmethod
-    def _said(exchanges: list[Exchange]) -> list[Message]:
+    def _said(exchanges: list[Exchange]) -> "list[Message]":
         pairs = [({"role": "user", "content": e.question}, {"role": "assistant", "content": e.text}) for e in exchanges]
         return [message for pair in pairs for message in pair]
 

@@ -144,9 +144,9 @@ class Engine:
 
     # -- sessions -------------------------------------------------------------------------------------------------
 
-    def open_session(self) -> OpenSession:
-        """A new session with a domain of its own, or everybody's where all text is shared."""
-        session, crowded = self._sessions.open()
+    def open_session(self, like: OpenSession | None = None) -> OpenSession:
+        """A new session with the domain of one like it, or its own, or everybody's where all text is shared."""
+        session, crowded = self._sessions.open(like.key if like else None)
         if crowded is not None:
             self.close_session(crowded)
         return session

@@ -52,11 +52,16 @@ class Sessions:
     def __contains__(self, key: str) -> bool:
         return key in self._by_key
 
-    def open(self) -> tuple[OpenSession, str | None]:
-        """A new session, and the key of the one that must be closed for it, if there are too many."""
+    def open(self, like: str | None = None) -> tuple[OpenSession, str | None]:
+        """A new session, and the key of the one that must be closed for it, if there are too many.
+
+        Args:
+            like: key of another session of the same visitor, whose domain it shares while that one is open.
+        """
         key, view_token = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
-        session = Session(next(self._ids), self._domain(None))
         with self._lock:
+            origin = self._by_key.get(like) if like is not None else None
+            session = Session(next(self._ids), origin.domain if origin else self._domain(None))
             crowded = next(iter(self._by_key)) if len(self._by_key) >= MAX_SESSIONS else None
             self._by_key[key], self._keys[view_token], self._view_tokens[key] = session, key, view_token
         return OpenSession(key, view_token, session.id), crowded
