@@ -17,14 +17,14 @@ from functools import lru_cache
 
 from chatpage import tutor
 from chatpage.cache.pool import BlockPool
-from chatpage.errors import RequestError, SettingError
+from chatpage.errors import ModelError, RequestError, SettingError
 from chatpage.events import Event, EventLog, Snapshot
-from chatpage.model.batch import Draw, Row
+from chatpage.model.batch import Draw, Drawn, Row
 from chatpage.model.kv import affordable_blocks, bytes_per_block, free_memory, num_blocks_for
 from chatpage.model.load import load
 from chatpage.model.step import ModelRunner
 from chatpage.schedule.params import SamplingParams
-from chatpage.schedule.request import Delta, FinishReason, Prompt, Request, TurnState
+from chatpage.schedule.request import Delta, FinishReason, Logprob, Prompt, Request, TurnState
 from chatpage.schedule.scheduler import Chunk, Scheduler, Step
 from chatpage.schedule.sequence import Sequence
 from chatpage.schedule.session import Session
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 Listener = Callable[[Snapshot | None, list[Event]], None]
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant. Answer briefly and clearly, and say so when you do not know."
-FAILED_STEPS = 3  # in a row, after which it is no use to go on
+FAILED = Drawn(error="The step that computed this answer failed; please try again.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,6 @@ class Core:
         self.turns: dict[int, Turn] = {}
         self._listeners: list[Listener] = []
         self._outbox: list[tuple[Stream, Delta]] = []  # told after the events: nobody knows more than the panel
-        self._failed_steps = 0
         if settings.trace:
             self.add_listener(Trace(settings.trace, sharing=self.sharing))
         say("Computing the system prompt")
@@ -203,7 +202,7 @@ class Core:
         limits = (self.max_model_len - length, params.max_tokens, self.settings.max_output_tokens)
         answer = Answer(
             self.tokenizer,
-            stop_token_ids=self.stop_token_ids,
+            stop_token_ids=self.stop_token_ids.union(params.stop_token_ids),
             stops=(*params.stop, *self.template.stops),
             limit=min(limit for limit in limits if limit is not None),
         )
@@ -278,7 +277,7 @@ class Core:
         """Compute what the scheduler chooses, and tell readers and listeners what came of it.
 
         Raises:
-            RuntimeError: too many steps failed one after another.
+            RuntimeError: the model computes nothing any more.
         """
         step = self.scheduler.schedule()
         for sequence in step.preempted:
@@ -288,12 +287,7 @@ class Core:
         if self._outbox:  # who was cancelled or preempted need not wait for the model
             self._hand_out()
         if step.chunks:
-            try:
-                self._deliver(step, self._compute(step))
-                self._failed_steps = 0
-            except Exception:
-                log.exception("A step failed")
-                self._abandon(step)
+            self._deliver(step, self._compute(step))
         self._hand_out()
         if self.settings.paranoid:
             self.check()
@@ -306,43 +300,82 @@ class Core:
             stream.put(delta)
         Stream.wake({stream for stream, _ in outbox})
 
-    def _compute(self, step: Step) -> list[int | None]:
-        """Run one step, and publish what it computed. Returns the token drawn for each chunk, if any."""
-        drawn = self.runner.run([_row(chunk) for chunk in step.chunks], step.copies)
-        for chunk, token in zip(step.chunks, drawn, strict=True):
-            if chunk.draws and token is None:
-                turn = self.turns[chunk.sequence.id]
-                self._finish(turn, "error", error="The model's output was not a number (NaN or infinite).")
+    def _compute(self, step: Step) -> list[Drawn]:
+        """Run one step, end whom it fails, and publish what it computed. Returns what each chunk gave."""
+        drawn = self._run(step)
+        for chunk, given in zip(step.chunks, drawn, strict=True):
+            if given.error and chunk.sequence.is_running:  # not preempted for another's failure: it may be innocent
+                self._fail(chunk.sequence, given.error)
         self.scheduler.finish(step)
         self.counts["steps"] += 1
         self.counts["computed_tokens"] += sum(chunk.count for chunk in step.chunks)
         return drawn
 
-    def _deliver(self, step: Step, drawn: list[int | None]) -> None:
-        for chunk, token in zip(step.chunks, drawn, strict=True):
-            turn = self.turns.get(chunk.sequence.id)
-            if turn is None:  # it failed in this step
-                continue
-            if token is None:
-                self._tell(turn, "prefill")
-                continue
-            turn.sequence.tokens.append(token)
-            self.counts["generated_tokens"] += 1
-            text, reason = turn.answer.add(token)
-            if reason is None:
-                self._tell(turn, "decode", text=text, tokens=(token,))
-            else:
-                self._finish(turn, reason, text=text, tokens=(token,))
+    def _run(self, step: Step) -> list[Drawn]:
+        """What each chunk gave; an error for those whose computation raises.
 
-    def _abandon(self, step: Step) -> None:
-        """A step raised: its sequences end, all others go on."""
-        self._failed_steps += 1
-        for chunk in step.chunks:
+        Raises:
+            RuntimeError: all of them raise, and so does a token that nobody asked for.
+        """
+        try:
+            self.runner.copy(step.copies)
+            drawn = self._run_chunks(step.chunks)
+        except Exception:
+            log.exception("The block copies of a step failed")
+            drawn = [FAILED] * len(step.chunks)
+        if all(given is FAILED for given in drawn):
+            self.runner.require_sound()
+        return drawn
+
+    def _run_chunks(self, chunks: list[Chunk]) -> list[Drawn]:
+        """Run them together; where that raises, in halves, until only those are left out that raise alone."""
+        try:
+            return self.runner.run([self._row(chunk) for chunk in chunks])
+        except Exception as error:
+            if len(chunks) == 1:
+                log.exception("The computation of one sequence failed")
+                return [FAILED]
+            log.warning("A step of %d sequences failed (%r); it runs again in halves", len(chunks), error)
+            half = len(chunks) // 2
+            return [*self._run_chunks(chunks[:half]), *self._run_chunks(chunks[half:])]
+
+    def _row(self, chunk: Chunk) -> Row:
+        sequence, end = chunk.sequence, chunk.start + chunk.count
+        draw = self._draw(sequence, end) if chunk.draws else None
+        return Row(sequence.tokens[chunk.start : end], chunk.start, sequence.table.blocks, chunk.stores, draw)
+
+    def _draw(self, sequence: Sequence, position: int) -> Draw:
+        params = sequence.params
+        is_too_short = sequence.generated < params.min_tokens
+        banned = self.stop_token_ids.union(params.stop_token_ids) if is_too_short else ()
+        return Draw(params, sequence.seed, 0, position, sequence.tokens, sequence.prompt_length, banned)
+
+    def _fail(self, sequence: Sequence, error: str) -> None:
+        turn = self.turns.get(sequence.id)
+        if turn is None:
+            raise ModelError(f"The system prompt cannot be computed: {error}")
+        self._finish(turn, "error", error=error)
+
+    def _deliver(self, step: Step, drawn: list[Drawn]) -> None:
+        for chunk, given in zip(step.chunks, drawn, strict=True):
             turn = self.turns.get(chunk.sequence.id)
-            if turn is not None:
-                self._finish(turn, "error", error="The step that computed this answer failed; please try again.")
-        if self._failed_steps >= FAILED_STEPS:
-            raise RuntimeError(f"{FAILED_STEPS} steps failed one after another")
+            if turn is None or not chunk.sequence.is_running:  # it failed in this step, or held what failed
+                continue
+            if given.token is None:
+                self._tell(turn, "prefill")
+            else:
+                self._add(turn, given.token, given.logprob)
+
+    def _add(self, turn: Turn, token: int, logprob: Logprob | None) -> None:
+        """One more token of an answer, and perhaps the last."""
+        turn.sequence.tokens.append(token)
+        self.counts["generated_tokens"] += 1
+        text, reason = turn.answer.add(token)
+        logprobs = (logprob,) if logprob else ()
+        if reason is None:
+            self._tell(turn, "decode", text=text, tokens=(token,), logprobs=logprobs)
+        else:
+            self._finish(turn, reason, text=text, tokens=(token,), logprobs=logprobs)
 
     def _finish(
         self,
@@ -351,17 +384,22 @@ class Core:
         *,
         text: str = "",
         tokens: tuple[int, ...] = (),
+        logprobs: tuple[Logprob, ...] = (),
         error: str | None = None,
     ) -> None:
         if reason in ("abort", "length") and not tokens:  # cut off from outside: what was held back is certain now
             text = turn.answer.flush()
         del self.turns[turn.sequence.id]
         try:
-            self.scheduler.end(turn.sequence, error or reason, failed=reason == "error")
+            if reason == "error":
+                for holder in self.scheduler.fail(turn.sequence, "failed"):
+                    self._tell(self.turns[holder.id], "preempted")
+            else:
+                self.scheduler.end(turn.sequence, reason)
         finally:  # whatever is wrong with the cache, nobody waits for ever
             self.counts[reason] += 1
             self.counts["cached_tokens"] += turn.sequence.cached or 0
-            self._tell(turn, "done", text=text, tokens=tokens, finish_reason=reason, error=error)
+            self._tell(turn, "done", text=text, tokens=tokens, logprobs=logprobs, finish_reason=reason, error=error)
 
     def _tell(
         self,
@@ -370,6 +408,7 @@ class Core:
         *,
         text: str = "",
         tokens: tuple[int, ...] = (),
+        logprobs: tuple[Logprob, ...] = (),
         finish_reason: FinishReason | None = None,
         error: str | None = None,
     ) -> None:
@@ -378,6 +417,7 @@ class Core:
             state=state,
             text=text,
             tokens=tokens,
+            logprobs=logprobs,
             prompt_tokens=sequence.prompt_length,
             cached_tokens=sequence.cached or 0,
             computed_tokens=min(sequence.computed, sequence.prompt_length),
@@ -399,9 +439,3 @@ class Core:
             except Exception:  # a full disk or a closed event loop is no reason to end anybody's answer
                 log.exception("A listener failed; it hears no more")
                 self._listeners.remove(listener)
-
-
-def _row(chunk: Chunk) -> Row:
-    sequence, end = chunk.sequence, chunk.start + chunk.count
-    draw = Draw(sequence.params, sequence.seed, 0, end) if chunk.draws else None
-    return Row(sequence.tokens[chunk.start : end], chunk.start, sequence.table.blocks, chunk.stores, draw)

@@ -381,5 +381,5 @@ class Engine:
                     self._commands.get()()
                 except Exception:  # the others who asked wait too
                     log.exception("A command failed while the engine ended")
-            self._core.end_all(self.detail if self.status == "failed" else None)
+            self._core.end_all(f"{self.detail.rstrip('.')}." if self.status == "failed" else None)
         self._settled.set()

@@ -86,6 +86,7 @@ class SequenceView:
     """A sequence as the outside sees it: its block table and how many tokens have a slot."""
 
     id: int
+    session: int
     parent: int | None = None
     at: int | None = None
     tokens: int = 0
@@ -173,17 +174,17 @@ class Snapshot:
             sequence.table[event.logical] = event.block
         return sequence
 
-    def _enter(self, session: int, sequence: SequenceView) -> None:
-        self.sessions[session].sequences[sequence.id] = sequence
+    def _enter(self, sequence: SequenceView) -> None:
+        self.sessions[sequence.session].sequences[sequence.id] = sequence
         self._sequences[sequence.id] = sequence
 
     def _state(self, event: Event) -> None:
         self.sessions.setdefault(event.session, SessionView(event.session, event.state)).state = event.state
         if event.sequence not in self._sequences:
-            self._enter(event.session, SequenceView(event.sequence))
+            self._enter(SequenceView(event.sequence, event.session))
 
     def _fork(self, event: Event) -> None:
-        self._enter(event.session, SequenceView(event.sequence, parent=event.parent, at=event.at))
+        self._enter(SequenceView(event.sequence, event.session, parent=event.parent, at=event.at))
 
     def _allocate(self, event: Event) -> None:
         self._place(event)
@@ -236,11 +237,10 @@ class Snapshot:
         self.counters["preempted"] += 1
 
     def _end(self, event: Event) -> None:
-        del self._sequences[event.sequence]
-        for session in list(self.sessions.values()):
-            session.sequences.pop(event.sequence, None)
-            if not session.sequences:
-                del self.sessions[session.id]
+        session = self.sessions[self._sequences.pop(event.sequence).session]
+        del session.sequences[event.sequence]
+        if not session.sequences:
+            del self.sessions[session.id]
 
     def _set_free(self, block: int) -> None:
         self.state[block], self.ref[block], self.fill[block] = FREE, 0, 0

@@ -34,14 +34,27 @@ class BlockTable:
         self._node: Node = pool.tree.root
         self._published = 0
 
+    @property
+    def is_findable(self) -> bool:
+        """Whether what this table will publish can be found: not below a block that has left the content tree."""
+        return self._node.block != 0
+
+    def matches(self, tokens: Sequence[int]) -> list[tuple[Node, int]]:
+        """The published blocks that hold a prefix of `tokens`, and how many of them each holds. Changes nothing."""
+        return self.pool.tree.find(tokens, self.domain, self.system_tokens)
+
     def find(self, tokens: Sequence[int]) -> int:
         """Share every block that already holds a prefix of `tokens`. Only for an empty table.
 
         Returns:
             How many tokens were found, which may be all of them.
         """
+        return self.take(self.matches(tokens))
+
+    def take(self, matches: list[tuple[Node, int]]) -> int:
+        """Share the blocks of `matches`, which must still be published. Returns how many tokens they hold."""
         assert not self.blocks, "the table is not empty"
-        for logical, (node, length) in enumerate(self.pool.tree.find(tokens, self.domain, self.system_tokens)):
+        for logical, (node, length) in enumerate(matches):
             self.length += length
             self.blocks.append(node.block)
             self.pool.share(node.block, self.sequence, logical, self.length, "prefix hit")
@@ -166,7 +179,7 @@ class BlockTable:
         A fork that ended earlier may have published the block that both share as its tail; that name stays.
         """
         node = self.pool.node[self.blocks[self._published]]
-        return self._node.block != 0 and (node is None or len(node.tokens) == self.pool.block_size)
+        return self.is_findable and (node is None or len(node.tokens) == self.pool.block_size)
 
     def _publish_block(self, logical: int, tokens: Sequence[int], count: int) -> Node:
         start = logical * self.pool.block_size

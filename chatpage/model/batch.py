@@ -9,22 +9,47 @@ query_starts             0   1       4
 contexts                 6 | 3
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from chatpage.schedule.params import SamplingParams
+from chatpage.schedule.request import Logprob
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A wish for the token at `position`. The same logits, params, seed, choice and position give the same token."""
+    """A wish for the token at `position`. The same logits, params, seed, choice and position give the same token.
+
+    Attributes:
+        tokens: the sequence so far, at which penalties look: `prompt_length` tokens of the prompt, then what was drawn.
+        banned: tokens that may not be drawn yet.
+    """
 
     params: SamplingParams
     seed: int
     choice: int
     position: int
+    tokens: Sequence[int] = ()
+    prompt_length: int = 0
+    banned: Collection[int] = ()
+
+
+class Drawn(NamedTuple):
+    """What a row gave.
+
+    Attributes:
+        token: the one that was drawn; None where none was asked for, or the row is broken.
+        logprob: of that token, where it was asked for.
+        error: one sentence, where the row is broken.
+    """
+
+    token: int | None = None
+    logprob: Logprob | None = None
+    error: str | None = None
 
 
 @dataclass(slots=True)
@@ -70,8 +95,8 @@ class Batch:
         query_starts: (rows + 1,), where each row's tokens begin.
         contexts: (rows,), tokens that each row can see, its own included.
         tables: (rows, blocks), the block tables, filled up with the null block.
-        sampled: (draws,), index of the tokens whose logits are wanted.
-        draws: what is wanted of them.
+        sampled: (rows,), index of each row's last token, whose logits are looked at.
+        draws: what is wanted of each row.
     """
 
     rows: list[Row]
@@ -84,7 +109,7 @@ class Batch:
     contexts: Tensor
     tables: Tensor
     sampled: Tensor
-    draws: list[Draw]
+    draws: list[Draw | None]
 
     @classmethod
     def build(cls, rows: list[Row], *, block_size: int, device: torch.device | str = "cpu") -> "Batch":
@@ -109,15 +134,11 @@ class Batch:
             query_starts=flat(starts),
             contexts=flat([row.context for row in ordered]),
             tables=flat([row.table[:widest] + [0] * (widest - len(row.table)) for row in ordered]),
-            sampled=flat([starts[i + 1] - 1 for i, row in enumerate(ordered) if row.sample]),
-            draws=[row.sample for row in ordered if row.sample],
+            sampled=flat([end - 1 for end in starts[1:]]),
+            draws=[row.sample for row in ordered],
         )
 
-    def in_order(self, drawn: list[int | None]) -> list[int | None]:
-        """One entry for each row of the caller's list: its drawn token, or None."""
-        tokens: list[int | None] = [None] * len(self.rows)
-        draws = iter(drawn)
-        for index, row in zip(self.order, self.rows, strict=True):
-            if row.sample:
-                tokens[index] = next(draws)
-        return tokens
+    def in_order(self, drawn: list[Drawn]) -> list[Drawn]:
+        """What the rows gave, in the order of the caller's list."""
+        by_index = dict(zip(self.order, drawn, strict=True))
+        return [by_index[index] for index in range(len(drawn))]

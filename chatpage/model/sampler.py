@@ -7,26 +7,28 @@ row's own distribution. So neither the other rows of the batch, nor how often a 
 import torch
 from torch import Tensor
 
-from chatpage.model.batch import Draw
+from chatpage.model.batch import Draw, Drawn
 
 # Below this the distribution is a single token in 32-bit numbers anyway, and dividing by less would overflow.
 LOWEST_TEMPERATURE = 1e-6
+BROKEN = Drawn(error="The model's output was not a number (NaN or infinite).")
 
 
-def sample(logits: Tensor, draws: list[Draw]) -> list[int | None]:
-    """One token for each row of the logits (draws, vocabulary), chosen as its draw asks; None where the row is broken.
+def sample(logits: Tensor, draws: list[Draw | None]) -> list[Drawn]:
+    """What each row of the logits (draws, vocabulary) gives: the token that its draw asks for, if it asks for one.
 
     A row is broken where its largest logit is not a finite number.
     """
-    if not draws:
-        return []
     largest, tokens = logits.max(dim=-1)
-    random = [i for i, draw in enumerate(draws) if not draw.params.greedy]
+    random = {i: draw for i, draw in enumerate(draws) if draw is not None and not draw.params.greedy}
     if random:
-        rows = torch.tensor(random, device=logits.device)
-        tokens[rows] = _draw(logits[rows].float(), [draws[i] for i in random])
-    tokens = torch.where(largest.isfinite(), tokens, -1).tolist()
-    return [None if token < 0 else token for token in tokens]
+        rows = torch.tensor(list(random), device=logits.device)
+        tokens[rows] = _draw(logits[rows].float(), list(random.values()))
+    finite = largest.isfinite().tolist()
+    return [
+        Drawn(token if draw else None) if sound else BROKEN
+        for draw, token, sound in zip(draws, tokens.tolist(), finite, strict=True)
+    ]
 
 
 def uniform(seed: int, choice: int, position: int) -> float:

@@ -18,7 +18,10 @@ class SamplingParams:
         top_p: keep the likeliest tokens that together have this probability.
         seed: the same seed gives the same draws at the same positions; None draws afresh.
         max_tokens: end after so many; None goes on to the end of the context or the server's limit.
+        min_tokens: draw no token that ends the answer before there are so many.
         stop: end before any of these strings appears.
+        stop_token_ids: end at any of these tokens, beside the model's own; they are not shown.
+        logprobs: report each token's log-probability, and those of so many of the likeliest; None reports nothing.
     """
 
     temperature: float = 1.0
@@ -26,7 +29,10 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int | None = None
     max_tokens: int | None = None
+    min_tokens: int = 0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, 0, 2)

@@ -35,6 +35,19 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Logprob:
+    """A drawn token's log-probability under the model's own distribution, before temperature, penalties and filters.
+
+    Attributes:
+        top: the likeliest tokens with theirs, the likeliest first, as many as were asked for.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What happened to one request since the last delta. A reader that is slow gets several merged into one.
 
@@ -42,6 +55,7 @@ class Delta:
         state: `queued`, `prefill`, `decode` or `preempted`; `done` is the last one, and comes exactly once.
         text: characters that are certain by now: never half of one, never the head of a stop string.
         tokens: ids behind the text so far unseen, the end-of-turn token included.
+        logprobs: of these tokens, where the request asked for them.
         prompt_tokens, cached_tokens: length of the prompt, and how much of it was found at first admission.
         computed_tokens: how much of the prompt has its keys and values now (prefill progress).
         completion_tokens: how many tokens were generated in all.
@@ -52,6 +66,7 @@ class Delta:
     state: TurnState
     text: str = ""
     tokens: tuple[int, ...] = ()
+    logprobs: tuple[Logprob, ...] = ()
     prompt_tokens: int = 0
     cached_tokens: int = 0
     computed_tokens: int = 0
@@ -65,6 +80,7 @@ class Delta:
             state=later.state,
             text=self.text + later.text,
             tokens=self.tokens + later.tokens,
+            logprobs=self.logprobs + later.logprobs,
             prompt_tokens=later.prompt_tokens,
             cached_tokens=later.cached_tokens,
             computed_tokens=later.computed_tokens,

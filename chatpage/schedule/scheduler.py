@@ -5,7 +5,10 @@ them, a prefix hit or a resume the rest; one token budget a step serves them all
 
     running    oldest first, each as much as the budget leaves
     preempted  then those that lost their blocks, in order of arrival
-    waiting    then new ones, by the session that has been served least
+    waiting    then new ones, by the session that has been served least; every PATIENCE-th by arrival
+
+A sequence whose next block is just being filled by one that it may share with is not started before that block is
+there: what two ask at once is computed once.
 
 When the pool has no room: idle blocks are evicted (the pool does that by itself), then resting tables are released,
 longest rested first, then the newest running sequence that is not yet in the step is preempted. New arrivals never
@@ -15,15 +18,21 @@ push anybody out. So the oldest sequence always makes progress.
 import itertools
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from chatpage.cache.pool import BlockPool, PoolFull
+from chatpage.cache.prefix import Node
 from chatpage.cache.table import BlockTable
 from chatpage.errors import RequestError
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Prompt
 from chatpage.schedule.sequence import Sequence, State
 from chatpage.schedule.session import Session
+
+# However many new sessions keep coming, who has waited longest gets every so many-th place. Without that, a session
+# that has been served more than they would wait for ever.
+PATIENCE = 8
 
 
 @dataclass(slots=True)
@@ -77,6 +86,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # in order of arrival
         self.resting: OrderedDict[Session, None] = OrderedDict()  # longest rested first
         self._ids = itertools.count(1)
+        self._admitted = 0  # new sequences, so far
 
     @property
     def has_work(self) -> bool:
@@ -123,27 +133,53 @@ class Scheduler:
         self._become(sequence, "queued", "submitted")
         return sequence
 
-    def end(self, sequence: Sequence, reason: str, *, failed: bool = False) -> None:
-        """The turn is over, however it came to that. Its table rests, or is released. Harmless the second time.
-
-        What a failed turn wrote last cannot be trusted: it is neither published nor kept.
-        """
+    def end(self, sequence: Sequence, reason: str) -> None:
+        """The turn is over, and well. Its table rests, or is released. Harmless the second time."""
         if sequence.state in ("resting", "done"):
             return
-        for queue in (self.running, self.preempted, self.waiting):
-            if sequence in queue:
-                queue.remove(sequence)
-        session = sequence.session
-        session.active -= 1
+        self._dequeue(sequence)
         sequence.table.truncate(min(sequence.computed, sequence.table.length), reason)
-        if not failed:
-            sequence.table.publish(sequence.tokens, sequence.table.length, tail=True)
-        if session.keeps and sequence.table.length and not failed:
+        sequence.table.publish(sequence.tokens, sequence.table.length, tail=True)
+        if sequence.session.keeps and sequence.table.length:
             self._rest(sequence, reason)
         else:
             self._leave(sequence, reason)
-            if session.resting is not None:  # it never began, so the turn before it rests on
-                self.events.emit("state", reason, sequence=session.resting.id, session=session.id, state="resting")
+            self._rest_on(sequence.session, reason)
+
+    def fail(self, sequence: Sequence, reason: str) -> list[Sequence]:
+        """The turn is over, and what it computed cannot be trusted: of what it holds, nothing will be found again.
+
+        Whoever else holds one of its blocks, the pinned ones apart, loses all and computes again.
+
+        Returns:
+            The running sequences that were preempted for that.
+        """
+        if sequence.state in ("resting", "done"):
+            return []
+        self._dequeue(sequence)
+        suspects = set(sequence.table.blocks) - self.pool.pinned
+        for block in sequence.table.blocks:
+            if block in suspects and self.pool.node[block] is not None:
+                self.pool.unpublish(block, reason)
+        self._leave(sequence, reason)
+        for session in [s for s in self.resting if s.resting and suspects.intersection(s.resting.table.blocks)]:
+            self.wake(session, "a block that it held failed")
+        holders = [other for other in self.running if suspects.intersection(other.table.blocks)]
+        for holder in holders:
+            self._preempt(holder, "a block that it held failed")
+        self._rest_on(sequence.session, reason)
+        return holders
+
+    def _dequeue(self, sequence: Sequence) -> None:
+        for queue in (self.running, self.preempted, self.waiting):
+            if sequence in queue:
+                queue.remove(sequence)
+        sequence.session.active -= 1
+
+    def _rest_on(self, session: Session, reason: str) -> None:
+        """A turn left nothing behind. If it never began, the turn before it rests as before."""
+        if session.resting is not None:
+            self.events.emit("state", reason, sequence=session.resting.id, session=session.id, state="resting")
 
     def _rest(self, sequence: Sequence, reason: str) -> None:
         session = sequence.session
@@ -181,25 +217,15 @@ class Scheduler:
                 break
             if sequence.state != "preempted":  # by an older one, a moment ago
                 budget -= self._run(sequence, budget, step)
-        while budget and len(self.running) < self.max_sequences:
-            sequence = self._next_to_admit()
-            if sequence is None:
-                break
-            if not self._admit(sequence):
-                if not self.running:
-                    step.exhausted.append(sequence)  # all is released by now, so it will never fit
-                break
-            ran = self._run(sequence, budget, step)
-            if not ran:  # it had to make way again at once
-                break
-            budget -= ran
+        if not step.preempted:  # who just lost his blocks would only take them from others again
+            self._admit_others(budget, step)
         return step
 
     def finish(self, step: Step) -> None:
         """The step's result is read back: what it computed may be found by others now."""
         for chunk in step.chunks:
             sequence = chunk.sequence
-            if sequence.state in ("resting", "done") or not chunk.stores:
+            if not sequence.is_running or not chunk.stores:
                 continue
             sequence.computed += chunk.count
             sequence.session.served += chunk.count
@@ -228,14 +254,14 @@ class Scheduler:
                 if self._release_longest_resting():
                     continue
                 victim = self._victim(step)
-                if victim is not sequence:
-                    self._preempt(victim, step)
-                    continue
-                if step.chunks:
-                    self._preempt(sequence, step)
-                else:
+                if victim is sequence and not step.chunks:
                     step.exhausted.append(sequence)  # the oldest has taken from all others
-                return False
+                    return False
+                self._preempt(victim, "the pool is full")
+                step.preempted.append(victim)
+                if victim is sequence:
+                    return False
+                continue
             if copied:
                 step.copies.append(copied)
             return True
@@ -245,14 +271,13 @@ class Scheduler:
         scheduled = {chunk.sequence.id for chunk in step.chunks}
         return next(s for s in reversed(self.running) if s.id not in scheduled)
 
-    def _preempt(self, sequence: Sequence, step: Step) -> None:
+    def _preempt(self, sequence: Sequence, reason: str) -> None:
         """Take all blocks from a sequence. Its tokens stay; what was written may still be found when it resumes."""
         self.running.remove(sequence)
         self.preempted.append(sequence)
         self.preempted.sort(key=lambda s: s.id)
-        step.preempted.append(sequence)
         sequence.state = "preempted"
-        self.events.emit("preempt", "the pool is full", sequence=sequence.id, session=sequence.session.id)
+        self.events.emit("preempt", reason, sequence=sequence.id, session=sequence.session.id)
         sequence.table.release("preempted")
         sequence.computed = 0
 
@@ -265,40 +290,89 @@ class Scheduler:
 
     # -- admission ------------------------------------------------------------------------------------------------
 
-    def _next_to_admit(self) -> Sequence | None:
-        if self.preempted:
-            return self.preempted[0]
-        return min(self.waiting, key=lambda s: (s.session.served, s.id), default=None)
+    def _admit_others(self, budget: int, step: Step) -> None:
+        """Start sequences while places and budget last. None of them pushes another one out."""
+        places = self.max_sequences - len(self.running)
+        for sequence in self._by_turn():
+            if not budget or not places:
+                break
+            places -= 1  # also for one that waits for a block: it is not overtaken for good
+            if self._awaits_block(sequence):
+                continue
+            matches = sequence.table.matches(sequence.tokens)
+            if self._must_await(sequence, matches):
+                continue
+            if not self._make_room(sequence, matches):
+                if not self.running:
+                    step.exhausted.append(sequence)  # all is released by now, so it will never fit
+                break
+            self._admit(sequence, matches)
+            ran = self._run(sequence, budget, step)
+            if not ran:  # it had to make way again at once
+                break
+            budget -= ran
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Start a sequence if its first chunk has room, from what is found already. Never preempts."""
-        if not self._make_room(sequence):
-            return False
-        sequence.computed = sequence.table.find(sequence.tokens)
+    def _by_turn(self) -> Iterator[Sequence]:
+        """Who is to start next: the preempted ones by arrival; once all of them run, new ones."""
+        yield from list(self.preempted)
+        if self.preempted:
+            return
+        left = sorted(self.waiting, key=lambda s: (s.session.served, s.id))
+        while left:
+            is_by_arrival = self._admitted % PATIENCE == PATIENCE - 1
+            chosen = min(left, key=lambda s: s.id) if is_by_arrival else left[0]
+            left.remove(chosen)
+            yield chosen
+
+    def _admit(self, sequence: Sequence, matches: list[tuple[Node, int]]) -> None:
+        """Start a sequence from what is found already."""
+        sequence.computed = sequence.table.take(matches)
         if sequence.cached is None:
             sequence.cached = sequence.computed
+            self._admitted += 1
         queue = self.preempted if sequence.state == "preempted" else self.waiting
         queue.remove(sequence)
         self.running.append(sequence)
         self.running.sort(key=lambda s: s.id)
         self.wake(sequence.session, "the next turn goes on from it")
-        return True
 
-    def _make_room(self, sequence: Sequence) -> bool:
+    def _awaits_block(self, sequence: Sequence) -> bool:
+        """Whether it is known to wait, and the block is still to come."""
+        if sequence.awaits is None:
+            return False
+        other, end = sequence.awaits
+        return other.is_running and other.computed < end
+
+    def _must_await(self, sequence: Sequence, matches: list[tuple[Node, int]]) -> bool:
+        """Whether a running sequence fills the block that would be found next, and will publish it."""
+        size = self.pool.block_size
+        found = sum(length for _, length in matches)
+        end = found - found % size + size
+        wanted = sequence.tokens[:end]
+        fillers = (s for s in self.running if s.computed < end and s.tokens[:end] == wanted and _share(s, sequence))
+        filler = next(fillers, None) if len(wanted) == end else None
+        sequence.awaits = None if filler is None else (filler, end)
+        return filler is not None
+
+    def _make_room(self, sequence: Sequence, matches: list[tuple[Node, int]]) -> bool:
         """Release resting tables until the first chunk fits, if that can be reached."""
-        while not self._has_room(sequence):
+        while not self._has_room(sequence, matches):
             if not self._release_longest_resting():
                 return False
         return True
 
-    def _has_room(self, sequence: Sequence) -> bool:
+    def _has_room(self, sequence: Sequence, matches: list[tuple[Node, int]]) -> bool:
         pool, size = self.pool, self.pool.block_size
-        hits = pool.tree.find(sequence.tokens, sequence.table.domain, sequence.system_tokens)
-        found = sum(length for _, length in hits)
+        found = sum(length for _, length in matches)
         end = min(len(sequence.tokens), found + self.max_step_tokens)
-        needed = -(-end // size) - len(hits)
+        needed = -(-end // size) - len(matches)
         if found % size and end > found:
-            last = hits[-1][0].block
+            last = matches[-1][0].block
             needed += pool.ref[last] > 0 or last in pool.pinned  # its first write will copy it
-        revived = sum(1 for node, _ in hits if pool.ref[node.block] == 0 and node.block not in pool.pinned)
+        revived = sum(1 for node, _ in matches if pool.ref[node.block] == 0 and node.block not in pool.pinned)
         return pool.available - revived >= needed
+
+
+def _share(a: Sequence, b: Sequence) -> bool:
+    """Whether what `a` publishes is found by `b`, where their tokens are the same."""
+    return a.table.domain == b.table.domain and a.system_tokens == b.system_tokens and a.table.is_findable

@@ -18,9 +18,11 @@ class Sequence:
         computed: how many leading tokens have their keys and values in the pool.
         cached: how many prompt tokens were found at first admission; None before it.
         draws: whether a token is drawn after the last one; a system prompt's own sequence only fills blocks.
+        awaits: another sequence that fills a block which this one needs too, and the number of its tokens by then.
     """
 
     __slots__ = (
+        "awaits",
         "cached",
         "computed",
         "draws",
@@ -57,7 +59,12 @@ class Sequence:
         self.draws = draws
         self.computed = 0
         self.cached: int | None = None
+        self.awaits: tuple[Sequence, int] | None = None
         self.state: State = "queued"
+
+    @property
+    def is_running(self) -> bool:
+        return self.state in ("prefill", "decode")
 
     @property
     def generated(self) -> int:

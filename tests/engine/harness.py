@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from chatpage.engine import Engine, OpenSession
 from chatpage.events import Event, Snapshot
-from chatpage.model.batch import Row
+from chatpage.model.batch import Drawn, Row
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Delta, Request
 from chatpage.settings import Settings
@@ -151,15 +151,18 @@ class Steps:
         self.rows: list[list[Row]] = []
         self.copies: list[tuple[int, int]] = []
         self.events: list[Event] = []
-        self._run = engine.core.runner.run
-        engine.core.runner.run = self._record
+        self._run, self._copy = engine.core.runner.run, engine.core.runner.copy
+        engine.core.runner.run, engine.core.runner.copy = self._record, self._record_copies
         engine.subscribe(self._hear)
         inside(engine, lambda: None)
 
-    def _record(self, rows: list[Row], copies: list[tuple[int, int]] | None = None) -> list[int | None]:
+    def _record(self, rows: list[Row]) -> list[Drawn]:
         self.rows.append([Row(list(r.tokens), r.start, list(r.table), r.store, r.sample) for r in rows])
-        self.copies += copies or []
-        return self._run(rows, copies)
+        return self._run(rows)
+
+    def _record_copies(self, pairs: list[tuple[int, int]]) -> None:
+        self.copies += pairs
+        self._copy(pairs)
 
     def _hear(self, snapshot: Snapshot | None, events: list[Event]) -> None:
         self.events += events

@@ -159,6 +159,6 @@ def test_a_context_that_is_too_long_would_be_seen(engine: Engine, oracle: Oracle
         return replace(row, start=row.start + 1, table=[*row.table, 0]) if row.start else row
 
     run = engine.core.runner.run
-    engine.core.runner.run = lambda rows, copies=None: run([late(row) for row in rows], copies)
+    engine.core.runner.run = lambda rows: run([late(row) for row in rows])
     found, expected = answers(engine, oracle)
     assert found != expected

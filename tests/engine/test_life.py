@@ -14,7 +14,7 @@ import torch
 from chatpage.engine import Engine
 from chatpage.errors import Busy, ModelError, RequestError, SettingError, Unavailable
 from chatpage.model import step as model_step
-from chatpage.model.batch import Row
+from chatpage.model.batch import Drawn, Row
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Delta, Prompt, Request
 from chatpage.settings import Settings
@@ -337,14 +337,13 @@ def test_a_reader_that_never_reads_holds_nothing_up(engine: Engine) -> None:
 
 
 @contextmanager
-def failing(engine: Engine, times: int) -> Iterator[None]:
-    """The runner raises in the next steps, after it has written."""
-    run, left = engine.core.runner.run, [times]
+def failing(engine: Engine, fails: Callable[[list[Row]], bool]) -> Iterator[None]:
+    """The runner raises in the steps for which `fails` is true, after it has written."""
+    run = engine.core.runner.run
 
-    def broken(rows: list[Row], copies: list[tuple[int, int]] | None = None) -> list[int | None]:
-        drawn = run(rows, copies)
-        if left[0]:
-            left[0] -= 1
+    def broken(rows: list[Row]) -> list[Drawn]:
+        drawn = run(rows)
+        if fails(rows):
             raise RuntimeError("out of luck")
         return drawn
 
@@ -353,27 +352,53 @@ def failing(engine: Engine, times: int) -> Iterator[None]:
     engine.core.runner.run = run
 
 
-def test_a_step_that_raises_ends_its_requests_only(engine: Engine) -> None:
-    expected = read(ask(engine, QUESTION)).tokens
+def of_seed(seed: int) -> Callable[[list[Row]], bool]:
+    return lambda rows: any(row.sample is not None and row.sample.seed == seed for row in rows)
+
+
+def test_a_step_that_raises_once_is_tried_again(engine: Engine) -> None:
+    expected = [read(ask(engine, other)).tokens for other in OTHERS]
+    left = [True]
+    with failing(engine, lambda rows: bool(left) and left.pop()):
+        with paused(engine):
+            streams = [ask(engine, other) for other in OTHERS]
+        assert [read(stream).tokens for stream in streams] == expected
+
+
+def test_a_request_that_raises_ends_alone(engine: Engine) -> None:
+    alone = [read(ask(engine, other)).tokens for other in OTHERS]
+    whole = read(ask(engine, QUESTION)).tokens
     session = engine.open_session()
     baseline = held(engine)
-    with failing(engine, times=1):
+    with failing(engine, of_seed(666)):
         with paused(engine):
-            streams = [ask(engine, QUESTION, session=session), ask(engine, "Hi")]
-        answers = [read(stream) for stream in streams]
-        assert [answer.reason for answer in answers] == ["error", "error"]
-        assert all(is_one_sentence(answer.last.error) for answer in answers)
-        assert held(engine) == baseline
-        again = read(ask(engine, QUESTION, session=session))
-    assert again.tokens == expected
-    assert again.last.cached_tokens == len(engine.systems[0].tokens), "what a failed step wrote is not found"
+            streams = [ask(engine, other) for other in OTHERS]
+            broken = ask(engine, QUESTION, greedy(seed=666), session=session)
+        answer = read(broken)
+        assert answer.reason == "error"
+        assert is_one_sentence(answer.last.error)
+        assert [read(stream).tokens for stream in streams] == alone
+    assert held(engine) == baseline
+    again = read(ask(engine, QUESTION, session=session))
+    assert again.tokens == whole
+    assert again.last.cached_tokens == len(engine.systems[0].tokens), "what a failed turn wrote is not found"
     assert engine.status == "ready"
 
 
-def test_an_engine_whose_steps_all_fail_gives_up(engine: Engine) -> None:
-    with failing(engine, times=99):
-        assert [read(ask(engine, QUESTION)).reason for _ in range(3)] == ["error"] * 3
+def test_any_number_of_requests_that_raise_leaves_the_engine_alive(engine: Engine) -> None:
+    with failing(engine, of_seed(666)):
+        assert [read(ask(engine, QUESTION, greedy(seed=666))).reason for _ in range(5)] == ["error"] * 5
+    assert read(ask(engine, QUESTION)).reason == "length"
+
+
+def test_an_engine_that_computes_nothing_any_more_says_so_to_all(engine: Engine) -> None:
+    with failing(engine, lambda rows: True):
+        with paused(engine):
+            streams = [ask(engine, other) for other in OTHERS]
+        answers = [read(stream) for stream in streams]
         engine._thread.join(10)
+    assert [answer.reason for answer in answers] == ["error"] * len(OTHERS)
+    assert all(is_one_sentence(answer.last.error) for answer in answers)
     assert engine.status == "failed"
     with pytest.raises(Unavailable):
         ask(engine, QUESTION)
@@ -383,10 +408,10 @@ def test_a_row_that_is_not_a_number_ends_alone(engine: Engine, monkeypatch: pyte
     alone = [read(ask(engine, other)).tokens for other in OTHERS]
     sample, steps = model_step.sample, []
 
-    def poisoned(logits: torch.Tensor, draws: list[Any]) -> list[int | None]:
+    def poisoned(logits: torch.Tensor, draws: list[Any]) -> list[Drawn]:
         steps.append(len(draws))
         for row, draw in enumerate(draws):
-            if draw.seed == 666 and len(steps) > 5:
+            if draw and draw.seed == 666 and len(steps) > 5:
                 logits[row] = torch.nan
         return sample(logits, draws)
 

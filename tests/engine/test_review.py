@@ -110,7 +110,7 @@ async def test_who_is_cancelled_need_not_wait_for_the_next_step(
     stream = ask(engine, "One", greedy(None))
     await anext(stream)
     run = engine.core.runner.run
-    monkeypatch.setattr(engine.core.runner, "run", lambda rows, copies: (go.wait(20), run(rows, copies))[1])
+    monkeypatch.setattr(engine.core.runner, "run", lambda rows: (go.wait(20), run(rows))[1])
     with paused(engine):
         other = ask(engine, "Two", greedy(4))
         stream.cancel()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from chatpage.conversation import Conversation
 from chatpage.engine import Engine
-from chatpage.model.batch import Row
+from chatpage.model.batch import Drawn, Row
 from chatpage.schedule.request import Request
 from chatpage.text.template import ChatTemplate
 from tests.checkpoints import tokenizer
@@ -189,21 +189,25 @@ def test_the_system_prompts_bytes_never_change(engine: Engine) -> None:
 def test_no_step_writes_what_others_can_see(launch: Callable[..., Engine]) -> None:
     """Before and after every step of a crowd that shares a pool too small for it."""
     engine = launch(sharing="all", kv_blocks=60, max_model_len=96, max_step_tokens=16)
-    pool, run, checked = engine.core.pool, engine.core.runner.run, set()
+    pool, checked = engine.core.pool, set()
+    run, copy = engine.core.runner.run, engine.core.runner.copy
 
-    def guarded(rows: list[Row], copies: list[tuple[int, int]] | None = None) -> list[int | None]:
+    def guarded(rows: list[Row]) -> list[Drawn]:
         written = {row.table[p // 4] for row in rows if row.store for p in range(row.start, row.context)}
         fills = {b: len(node.tokens) if (node := pool.node[b]) else pool.fill[b] for b in range(1, pool.num_blocks + 1)}
         frozen = {b for b in fills if pool.ref[b] > 1 or b in pool.pinned or pool.node[b]}
         assert not frozen & written
-        assert not frozen & {target for _, target in copies or ()}
         before = {block: held_bytes(engine, block, fills[block]) for block in frozen}
-        drawn = run(rows, copies)
+        drawn = run(rows)
         assert all(same(held, held_bytes(engine, block, fills[block])) for block, held in before.items())
         checked.update(frozen)
         return drawn
 
-    engine.core.runner.run = guarded
+    def guarded_copy(pairs: list[tuple[int, int]]) -> None:
+        assert all(pool.ref[target] == 1 and pool.node[target] is None for _, target in pairs)
+        copy(pairs)
+
+    engine.core.runner.run, engine.core.runner.copy = guarded, guarded_copy
     with paused(engine):
         streams = [ask(engine, QUESTION[: 8 + n], greedy(12), session=engine.open_session()) for n in range(12)]
     assert {read(stream).reason for stream in streams} == {"length"}

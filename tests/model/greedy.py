@@ -60,11 +60,11 @@ def answer(runner: ModelRunner, sequences: list[Sequence], tokens: int = ANSWER)
     while running := [s for s in sequences if len(s.answer) < tokens]:
         running = [s for s in running if s.begins <= step]
         rows = [s.row() for s in running]
-        for sequence, row, token in zip(running, rows, runner.run(rows), strict=True):
+        for sequence, row, drawn in zip(running, rows, runner.run(rows), strict=True):
             sequence.computed += len(row.tokens)
             if row.sample:
-                assert token is not None, "logits are not finite"
-                sequence.tokens.append(token)
+                assert drawn.token is not None, drawn.error
+                sequence.tokens.append(drawn.token)
         step += 1
     return [s.answer for s in sequences]
 

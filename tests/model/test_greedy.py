@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import chatpage.model.reference as reference
-from chatpage.model.batch import Draw, Row
+from chatpage.model.batch import Draw, Drawn, Row
 from chatpage.model.kv import KVPool
 from chatpage.model.reference import Reach
+from chatpage.model.sampler import BROKEN
 from tests.model.conftest import BLOCK_SIZE
 from tests.model.greedy import ANSWER, GREEDY, Sequence, answer, prompts, scattered_tables, their_answer
 
@@ -57,7 +58,7 @@ def test_with_a_shared_prefix(family, runner, theirs):
     assert tail, "the prefix must end inside a block"
     second_table[:whole] = first_table[:whole]
     before = contents(ours.pool, first_table)
-    ours.run([], copies=[(first_table[whole], second_table[whole])])
+    ours.copy([(first_table[whole], second_table[whole])])
     for of_first, of_second in zip(
         *[contents(ours.pool, [t[whole]]) for t in (first_table, second_table)], strict=True
     ):
@@ -118,12 +119,8 @@ def test_a_broken_sequence_disturbs_no_other(runner, theirs):
         Row(prompt, 0, table, sample=Draw(GREEDY, seed=0, choice=0, position=len(prompt)))
         for prompt, table in zip(asked, tables(2, len(asked[-1])), strict=True)
     ]
-    assert ours.run(rows) == expected
+    assert [drawn.token for drawn in ours.run(rows)] == expected
     for row in rows:
         row.start, row.tokens = len(row.tokens) - 1, row.tokens[-1:]
     ours.pool.keys[0][rows[0].table[0]] = torch.nan
-    assert ours.run(rows) == [None, expected[1]]
-
-
-def test_no_rows(runner):
-    assert runner("llama").run([], copies=[]) == []
+    assert ours.run(rows) == [BROKEN, Drawn(expected[1])]

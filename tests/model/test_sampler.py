@@ -18,9 +18,13 @@ def draws(params: SamplingParams, count: int, seed: int = 11) -> list[Draw]:
     return [Draw(params, seed=seed, choice=0, position=position) for position in range(count)]
 
 
+def tokens(logits: torch.Tensor, wishes: list[Draw]) -> list[int | None]:
+    return [drawn.token for drawn in sample(logits, wishes)]
+
+
 def shares(params: SamplingParams, count: int = 4000) -> torch.Tensor:
-    tokens = sample(LOGITS.expand(count, -1), draws(params, count))
-    return torch.bincount(torch.tensor(tokens), minlength=len(LOGITS)) / count
+    drawn = torch.tensor(tokens(LOGITS.expand(count, -1), draws(params, count)))
+    return torch.bincount(drawn, minlength=len(LOGITS)) / count
 
 
 def assert_distribution(found: torch.Tensor, expected: torch.Tensor, count: int = 4000) -> None:
@@ -65,7 +69,7 @@ def test_top_p_is_taken_of_what_top_k_leaves():
     ],
 )
 def test_the_likeliest_only(params):
-    assert set(sample(LOGITS.expand(50, -1), draws(params, 50))) == {1}
+    assert set(tokens(LOGITS.expand(50, -1), draws(params, 50))) == {1}
 
 
 def test_a_draw_does_not_depend_on_the_batch():
@@ -80,20 +84,20 @@ def test_a_draw_does_not_depend_on_the_batch():
         SamplingParams(),
     ]
     wishes = [Draw(kinds[i % 6], seed=i - 9, choice=i % 2, position=3 * i) for i in range(24)]
-    together = sample(logits, wishes)
-    alone = [sample(logits[i : i + 1], wishes[i : i + 1])[0] for i in range(24)]
-    reverse = sample(logits.flip(0), wishes[::-1])[::-1]
+    together = tokens(logits, wishes)
+    alone = [tokens(logits[i : i + 1], wishes[i : i + 1])[0] for i in range(24)]
+    reverse = tokens(logits.flip(0), wishes[::-1])[::-1]
     assert together == alone == reverse
     assert len(set(together)) > 10
 
 
 def test_seed_choice_and_position_each_change_the_draw():
     flat = torch.zeros(1, 10_000)
-    tokens = {
-        (seed, choice, position): sample(flat, [Draw(SamplingParams(), seed, choice, position)])[0]
+    drawn = {
+        (seed, choice, position): tokens(flat, [Draw(SamplingParams(), seed, choice, position)])[0]
         for seed, choice, position in itertools.product([-(2**63), -1, 0, 1, 2**63 - 1], [0, 1], [0, 1, 2])
     }
-    assert len(set(tokens.values())) >= len(tokens) - 2
+    assert len(set(drawn.values())) >= len(drawn) - 2
 
 
 def test_uniform_numbers_are_uniform_in_each_argument():
@@ -116,22 +120,18 @@ def test_uniform_numbers_are_uniform_in_each_argument():
 def test_a_row_that_is_not_finite_gets_no_token(params, bad):
     logits = LOGITS.repeat(3, 1)
     logits[1, 4] = bad
-    whole = sample(LOGITS.expand(3, -1), draws(params, 3))
-    assert sample(logits, draws(params, 3)) == [whole[0], None, whole[2]]
-    assert sample(torch.full((1, 8), -math.inf), draws(params, 1)) == [None]
+    whole = tokens(LOGITS.expand(3, -1), draws(params, 3))
+    assert tokens(logits, draws(params, 3)) == [whole[0], None, whole[2]]
+    assert tokens(torch.full((1, 8), -math.inf), draws(params, 1)) == [None]
 
 
 def test_half_precision_logits():
-    tokens = sample(LOGITS.bfloat16().expand(200, -1), draws(SamplingParams(top_p=0.9), 200))
-    assert set(tokens) <= {0, 1, 3, 6, 7}
+    drawn = tokens(LOGITS.bfloat16().expand(200, -1), draws(SamplingParams(top_p=0.9), 200))
+    assert set(drawn) <= {0, 1, 3, 6, 7}
 
 
 @pytest.mark.parametrize(("number", "token"), [(0.0, 1), (1 - 2.0**-40, 2)])
 def test_the_ends_of_the_range_hit_no_impossible_token(number, token, monkeypatch):
     monkeypatch.setattr(sampler, "uniform", lambda *_: number)
     logits = torch.tensor([[-math.inf, 0.1, 0.2, -math.inf]])
-    assert sampler.sample(logits, draws(SamplingParams(), 1)) == [token]
-
-
-def test_no_draws():
-    assert sample(torch.empty(0, 8), []) == []
+    assert tokens(logits, draws(SamplingParams(), 1)) == [token]

@@ -91,12 +91,12 @@ def take_step(scheduler: Scheduler, model: FakeModel, limits: dict[int, int], fa
     chosen = [chunk.sequence for chunk in step.chunks][: {"none": 0, "one row": 1, "whole step": None}[fault]]
     drawn = model.run(step, chosen)
     for sequence in chosen:
-        scheduler.end(sequence, "error", failed=True)
+        scheduler.fail(sequence, "error")
     if fault != "whole step":
         scheduler.finish(step)
     for chunk, token in zip(step.chunks, drawn, strict=True):
         sequence = chunk.sequence
-        if token is not None:
+        if token is not None and sequence.is_running:
             sequence.tokens.append(token)
             if len(sequence.tokens) == limits[sequence.id]:
                 scheduler.end(sequence, "length")

@@ -107,7 +107,7 @@ def loaded(body: dict[str, Any]) -> Snapshot:
     for session in body["sessions"]:
         snapshot.sessions[session["id"]] = SessionView(session["id"], session["state"])
         for s in session["sequences"]:
-            snapshot._enter(session["id"], SequenceView(s["id"], s["parent"], s["at"], s["tokens"], table(s["table"])))
+            snapshot._enter(SequenceView(s["id"], session["id"], s["parent"], s["at"], s["tokens"], table(s["table"])))
     return snapshot
 
 
