@@ -1,13 +1,33 @@
 """From logits to tokens.
 
+    logits ──▶ log-probabilities, where asked for: the model's own
+      │
+      ├─ bias                   logit + bias
+      ├─ bans                   −∞
+      ├─ repetition penalty     logit / penalty, or · penalty below 0         tokens of prompt and answer
+      ├─ presence, frequency    logit − presence − frequency · times drawn    tokens of the answer
+      │        └──▶ greedy: the largest
+      ├─ temperature            logit / temperature, then softmax
+      ├─ top_k ─ top_p ─ min_p  each of what the one before leaves
+      └──▶ random: where the row's uniform number falls
+
+The order is that of transformers' processors (bias, repetition penalty, bans, temperature, top_k, top_p, min_p), which
+knows no presence and frequency; these come after the repetition penalty as in vLLM. vLLM differs in one thing: there
+min_p comes before top_p. A row goes through those of the steps that it asks for, a plain greedy row through none.
+
 Each draw takes one uniform number that depends on (seed, choice, position) alone, and looks up where it falls in the
 row's own distribution. So neither the other rows of the batch, nor how often a sequence was preempted, change its text.
 """
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
 
 from chatpage.model.batch import Draw, Drawn
+from chatpage.schedule.request import Logprob
 
 # Below this the distribution is a single token in 32-bit numbers anyway, and dividing by less would overflow.
 LOWEST_TEMPERATURE = 1e-6
@@ -20,14 +40,15 @@ def sample(logits: Tensor, draws: list[Draw | None]) -> list[Drawn]:
     A row is broken where its largest logit is not a finite number.
     """
     largest, tokens = logits.max(dim=-1)
-    random = {i: draw for i, draw in enumerate(draws) if draw is not None and not draw.params.greedy}
-    if random:
-        rows = torch.tensor(list(random), device=logits.device)
-        tokens[rows] = _draw(logits[rows].float(), list(random.values()))
+    wishes = {i: draw for i, draw in enumerate(draws) if draw is not None and not _is_plain(draw)}
+    if wishes:
+        rows = torch.tensor(list(wishes), device=logits.device)
+        tokens[rows] = _choose(logits[rows].float(), list(wishes.values()))
+    logprobs = _logprobs(logits, tokens, draws)
     finite = largest.isfinite().tolist()
     return [
-        Drawn(token if draw else None) if sound else BROKEN
-        for draw, token, sound in zip(draws, tokens.tolist(), finite, strict=True)
+        Drawn(token if draw else None, logprobs.get(i)) if sound else BROKEN
+        for i, (draw, token, sound) in enumerate(zip(draws, tokens.tolist(), finite, strict=True))
     ]
 
 
@@ -50,6 +71,85 @@ def _mix(state: int) -> int:
     return state ^ (state >> 31)
 
 
+def _is_plain(draw: Draw) -> bool:
+    """Whether the largest of the model's logits is what the draw asks for."""
+    params = draw.params
+    changes = draw.banned or params.logit_bias or params.repetition_penalty != 1 or params.penalizes_drawn
+    return params.greedy and not changes
+
+
+def _choose(logits: Tensor, draws: list[Draw]) -> Tensor:
+    """The tokens (draws,). `logits` are 32-bit, and written to."""
+    _add_biases(logits, draws)
+    _ban(logits, draws)
+    _penalize_repetition(logits, draws)
+    _penalize_drawn(logits, draws)
+    random = [i for i, draw in enumerate(draws) if not draw.params.greedy]
+    if len(random) == len(draws):
+        return _draw(logits, draws)
+    tokens = logits.argmax(dim=-1)
+    if random:
+        rows = torch.tensor(random, device=logits.device)
+        tokens[rows] = _draw(logits[rows], [draws[i] for i in random])
+    return tokens
+
+
+# -- what changes the logits ------------------------------------------------------------------------------------------
+
+
+def _add_biases(logits: Tensor, draws: list[Draw]) -> None:
+    biased = [dict(draw.params.logit_bias) for draw in draws]
+    if any(biased):
+        biases = list(chain.from_iterable(of_row.values() for of_row in biased))
+        logits[_pairs(biased, logits)] += logits.new_tensor(biases)
+
+
+def _ban(logits: Tensor, draws: list[Draw]) -> None:
+    """Make banned tokens impossible, in those rows where something is left then; the others draw what they can."""
+    banning = [i for i, draw in enumerate(draws) if draw.banned]
+    if banning:
+        # A configuration may name an end that its model does not know.
+        known = [[token for token in draws[i].banned if token < logits.shape[-1]] for i in banning]
+        rows = torch.tensor(banning, device=logits.device)
+        before = logits[rows]
+        after = before.index_put(_pairs(known, logits), logits.new_tensor(-torch.inf))
+        nothing_left = after.amax(dim=-1, keepdim=True) == -torch.inf
+        logits[rows] = torch.where(nothing_left, before, after)
+
+
+def _penalize_repetition(logits: Tensor, draws: list[Draw]) -> None:
+    had = [draw.tokens if draw.params.repetition_penalty != 1 else () for draw in draws]
+    if any(had):
+        # A token that comes twice is read twice and then written twice with the same number.
+        rows, tokens = _pairs(had, logits)
+        penalties = logits.new_tensor([draw.params.repetition_penalty for draw in draws])[rows]
+        before = logits[rows, tokens]
+        logits[rows, tokens] = torch.where(before < 0, before * penalties, before / penalties)
+
+
+def _penalize_drawn(logits: Tensor, draws: list[Draw]) -> None:
+    drawn = [Counter(draw.tokens[draw.prompt_length :] if draw.params.penalizes_drawn else ()) for draw in draws]
+    if any(drawn):
+        taken = [
+            draw.params.presence_penalty + draw.params.frequency_penalty * times
+            for draw, of_row in zip(draws, drawn, strict=True)
+            for times in of_row.values()
+        ]
+        logits[_pairs(drawn, logits)] -= logits.new_tensor(taken)
+
+
+def _pairs(tokens: Sequence[Collection[int]], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and token of each token of each row."""
+    rows = chain.from_iterable(repeat(i, len(of_row)) for i, of_row in enumerate(tokens))
+    return (
+        torch.tensor(list(rows), dtype=torch.int64, device=like.device),
+        torch.tensor(list(chain.from_iterable(tokens)), dtype=torch.int64, device=like.device),
+    )
+
+
+# -- what draws -------------------------------------------------------------------------------------------------------
+
+
 def _draw(logits: Tensor, draws: list[Draw]) -> Tensor:
     """The tokens (draws,) where the uniform numbers fall in the cumulated probabilities, in the vocabulary's order."""
     probabilities = _probabilities(logits, [draw.params.temperature for draw in draws])
@@ -58,6 +158,10 @@ def _draw(logits: Tensor, draws: list[Draw]) -> Tensor:
         rows = torch.tensor(filtered, device=logits.device)
         params = [draws[i].params for i in filtered]
         probabilities[rows] = _keep(probabilities[rows], [p.top_k for p in params], [p.top_p for p in params])
+    cut = [i for i, draw in enumerate(draws) if draw.params.min_p > 0]
+    if cut:
+        rows = torch.tensor(cut, device=logits.device)
+        probabilities[rows] = _cut(probabilities[rows], [draws[i].params.min_p for i in cut])
     cumulated = probabilities.cumsum(dim=-1, dtype=torch.float64)
     points = [uniform(draw.seed, draw.choice, draw.position) for draw in draws]
     points = torch.tensor(points, dtype=torch.float64, device=logits.device)[:, None]
@@ -80,3 +184,28 @@ def _keep(probabilities: Tensor, top_k: list[int], top_p: list[float]) -> Tensor
     before = kept.cumsum(dim=-1) - kept
     kept = kept.masked_fill(before >= shares * kept.sum(dim=-1, keepdim=True), 0.0)
     return torch.zeros_like(probabilities).scatter_(1, tokens, kept)
+
+
+def _cut(probabilities: Tensor, min_p: list[float]) -> Tensor:
+    """Zero all that are below min_p times the likeliest."""
+    lowest = probabilities.new_tensor(min_p)[:, None] * probabilities.amax(dim=-1, keepdim=True)
+    return probabilities.masked_fill(probabilities < lowest, 0.0)
+
+
+# -- what reports -----------------------------------------------------------------------------------------------------
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, draws: list[Draw | None]) -> dict[int, Logprob]:
+    """By row, where asked for: the log-probabilities of its token and of its likeliest ones, before anything else."""
+    asked = {i: d.params.logprobs for i, d in enumerate(draws) if d is not None and d.params.logprobs is not None}
+    if not asked:
+        return {}
+    rows = torch.tensor(list(asked), device=logits.device)
+    own = logits[rows].float().log_softmax(dim=-1)
+    of_tokens = own.gather(1, tokens[rows, None])[:, 0]
+    top = own.topk(min(max(asked.values()), own.shape[-1]), dim=-1)
+    columns = zip(tokens[rows].tolist(), of_tokens.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+    return {
+        row: Logprob(token, logprob, tuple(zip(likeliest[:count], theirs[:count], strict=True)))
+        for (row, count), (token, logprob, likeliest, theirs) in zip(asked.items(), columns, strict=True)
+    }

@@ -106,9 +106,8 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
-    def penalizes(self) -> bool:
-        """Whether logits depend on the tokens before."""
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+    def penalizes_drawn(self) -> bool:
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 def require_number(name: str, value: object, low: float, high: float, *, param: str | None = None) -> None:
