@@ -39,7 +39,7 @@ class Attention(Protocol):
         """Answers (tokens, heads, value_size) to the queries (tokens, heads, key_size) of one layer.
 
         Args:
-            layer: which one.
+            layer: which one, counted by their calls: a layer that attends twice, or runs twice, is two.
             key, value: of the same tokens, (tokens, kv_heads, key_size or value_size), not in the pool yet.
             scaling: factor on the scores.
             window: a token sees so many tokens, itself included; None is all before it.
@@ -49,16 +49,21 @@ class Attention(Protocol):
         ...
 
 
+# Tensors that some models hand to attention without need.
+_KNOWN_TENSORS = {"position_ids", "cache_position", "logits_to_keep"}
+
 _current = threading.local()
 
 
 @contextmanager
-def _attending(attention: Attention) -> Iterator[None]:
+def attending(attention: Attention) -> Iterator[None]:
+    """Let `attention` answer what the layers of one forward ask."""
     _current.attention = attention
+    _current.layer = 0
     try:
         yield
     finally:
-        del _current.attention
+        del _current.attention, _current.layer
 
 
 def attend(
@@ -79,9 +84,11 @@ def attend(
         raise ModelError(
             f"{type(module).__name__} builds an attention mask of its own, which paged attention cannot obey."
         )
-    layer = getattr(module, "layer_idx", None)
-    if layer is None:
-        raise ModelError(f"{type(module).__name__} does not say which layer it is (layer_idx).")
+    for name, given in kwargs.items():
+        if isinstance(given, Tensor) and name not in _KNOWN_TENSORS:
+            raise ModelError(f"{type(module).__name__} attends by its own {name}, which paged attention does not know.")
+    layer = _current.layer
+    _current.layer += 1
     out = _current.attention.attend(
         layer,
         query[0].transpose(0, 1),
@@ -101,7 +108,7 @@ AttentionInterface.register(NAME, attend)
 
 def forward(module: PreTrainedModel, batch: Batch, attention: Attention) -> Tensor:
     """Run the model on the batch: logits (draws, vocabulary) of the sampled tokens. Called in inference mode."""
-    with _attending(attention):
+    with attending(attention):
         return logits_at(module, batch.token_ids[None], batch.positions[None], batch.sampled)[0]
 
 

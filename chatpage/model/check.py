@@ -2,20 +2,25 @@
 
 `probe` runs a few tokens and records what each layer hands over; the pool gets its shapes from that. `self_check`
 compares the model under transformers' own attention with the same model over a paged pool. What differs is refused.
+Neither runs long texts through the model: `visible` asks transformers' own masks what the last tokens of the longest
+context see, and `probe` whether keys stay the same beside one of that length.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import eager_mask
 
 from chatpage.errors import ModelError
-from chatpage.model.attention import NAME, forward, logits_at
+from chatpage.model.attention import NAME, attending, forward, logits_at
 from chatpage.model.batch import Batch, Draw, Row
 from chatpage.model.kv import KVPool, LayerShape
 from chatpage.model.reference import ReferenceAttention
@@ -39,6 +44,11 @@ NEGLIGIBLE = 1e-4
 _ANY_DRAW = Draw(SamplingParams(temperature=0), seed=0, choice=0, position=0)
 
 
+# The attention function that only looks at the masks which transformers' eager attention would obey.
+MASKED = "chatpage-masked"
+LOOKERS = 4  # tokens that are asked what they see
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """What a dry forward saw: a shape for each layer, and the windows that the layers ask for."""
@@ -49,10 +59,10 @@ class Probe:
 
 @dataclass(slots=True)
 class _Recorder:
-    """Attends to nothing, and remembers what it was asked."""
+    """Attends to nothing, and remembers what it was given: the keys (tokens, kv_heads, key_size) of each layer."""
 
-    calls: list[int] = field(default_factory=list)
-    shapes: dict[int, LayerShape] = field(default_factory=dict)
+    shapes: list[LayerShape] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
     windows: set[int] = field(default_factory=set)
 
     def attend(
@@ -67,35 +77,185 @@ class _Recorder:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        self.calls.append(layer)
-        self.shapes[layer] = LayerShape(kv_heads=key.shape[1], key_size=key.shape[2], value_size=value.shape[2])
+        self.shapes.append(LayerShape(kv_heads=key.shape[1], key_size=key.shape[2], value_size=value.shape[2]))
+        self.keys.append(key.clone())
         if window is not None:
             self.windows.add(window)
         return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
 
 
-@torch.inference_mode()
 def probe(module: PreTrainedModel) -> Probe:
-    """Run four tokens without attention.
+    """Run five tokens without attention.
 
     Raises:
-        ModelError: the model's layers do not all call the attention function, each once.
+        ModelError: the model fails at that, or its layers do not all call the attention function.
     """
-    recorder = _Recorder()
-    row = Row(tokens=[0, 1, 2, 3], start=0, table=[1], sample=_ANY_DRAW)
-    forward(module, Batch.build([row], block_size=BLOCK_SIZE, device=module.device), recorder)
-    family = module.config.model_type
-    if not recorder.calls:
-        raise ModelError(
-            f"models of the family {family!r} do not let their attention be replaced (AttentionInterface)."
-        )
+    seen = _record(module, [0, 1, 2, 3, 4])
+    if not seen.shapes:
+        raise ModelError(f"models of the family {_family(module)} do not let their attention be replaced.")
     expected = module.config.get_text_config(decoder=True).num_hidden_layers
-    if sorted(recorder.calls) != list(range(expected)):
+    if len(seen.shapes) < expected:
         raise ModelError(
-            f"models of the family {family!r} keep more than keys and values of each layer: "
-            f"{len(recorder.calls)} attention calls from {len(recorder.shapes)} of {expected} layers."
+            f"models of the family {_family(module)} remember more than keys and values: of {expected} layers only "
+            f"{len(seen.shapes)} attend."
         )
-    return Probe(tuple(recorder.shapes[layer] for layer in range(expected)), frozenset(recorder.windows))
+    return Probe(tuple(seen.shapes), frozenset(seen.windows))
+
+
+def check_keys(module: PreTrainedModel, longest: int) -> None:
+    """See that the keys of some tokens are the same beside a token at the end of the longest context.
+
+    Raises:
+        ModelError: they are not, so that keys of one step would not go with those of another.
+    """
+    alone = _record(module, [0, 1, 2, 3, 4])
+    beside = _record(module, [0, 1, 2, 3, longest - 1])
+    allowed = 4 * torch.finfo(module.dtype).eps
+    for one, other in zip(alone.keys, beside.keys, strict=True):
+        kept, found = one[:4].float(), other[:4].float()
+        if not (found - kept).norm() <= allowed * kept.norm():
+            raise ModelError(
+                f"models of the family {_family(module)} change a sequence's keys when another one is {longest} tokens "
+                "long."
+            )
+
+
+@torch.inference_mode()
+def _record(module: PreTrainedModel, positions: list[int]) -> _Recorder:
+    """What the layers hand over for tokens at these positions."""
+    recorder = _Recorder()
+    where = torch.tensor([positions], device=module.device)
+    with _blamed(module), attending(recorder):
+        logits_at(module, torch.zeros_like(where), where, where[0, :1])
+    return recorder
+
+
+@contextmanager
+def _blamed(module: PreTrainedModel) -> Iterator[None]:
+    """An error of the model's own code, which meets here what it was not written for, says no more than that."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(
+            f"models of the family {_family(module)} cannot do without masks or a cache of their own "
+            f"({type(error).__name__}: {said})."
+        ) from error
+
+
+def _family(module: PreTrainedModel) -> str:
+    return repr(module.config.model_type)
+
+
+def visible(module: PreTrainedModel, found: Probe, longest: int) -> int:
+    """Up to which length, `longest` at most, each token sees what transformers' own masks let it see.
+
+    Raises:
+        ModelError: there is no such length; tokens see what comes after them, say.
+    """
+    module.set_attn_implementation(MASKED)
+    try:
+        if _sees_alike(module, found, longest):
+            return longest
+        alike, different = 0, longest
+        while different - alike > 1:
+            middle = (alike + different) // 2
+            if _sees_alike(module, found, middle):
+                alike = middle
+            else:
+                different = middle
+    finally:
+        module.set_attn_implementation(NAME)
+    if not alike:
+        raise ModelError(
+            f"models of the family {_family(module)} do not see the tokens before each token, and only them."
+        )
+    return alike
+
+
+@torch.inference_mode()
+def _sees_alike(module: PreTrainedModel, found: Probe, length: int) -> bool:
+    """Whether the last tokens of a sequence of this length see the same in all layers."""
+    tokens = min(LOOKERS, length)
+    positions = torch.arange(length - tokens, length, device=module.device)[None]
+    past = Cache(layers=[_Past(length - tokens) for _ in found.layers])
+    look = _Look(length)
+    token = _current_look.set(look)
+    try:
+        with _blamed(module):
+            module(input_ids=torch.zeros_like(positions), position_ids=positions, past_key_values=past, use_cache=True)
+    finally:
+        _current_look.reset(token)
+    return look.alike
+
+
+class _Past(CacheLayerMixin):
+    """Pretends that so many tokens went before, and hands out none of them."""
+
+    is_sliding = False
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+@dataclass(slots=True)
+class _Look:
+    """One forward's look at the masks: whether so far all layers see of `length` tokens what they should."""
+
+    length: int
+    alike: bool = True
+
+
+_current_look: ContextVar[_Look] = ContextVar("_current_look")
+
+
+def _look(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    sliding_window: int | None = None,
+    **_kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attends to nothing, and compares the mask with what paged attention lets these queries see."""
+    look = _current_look.get()
+    look.alike &= _is_causal(attention_mask, query.shape[2], look.length, sliding_window)
+    return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+
+AttentionInterface.register(MASKED, _look)
+AttentionMaskInterface.register(MASKED, eager_mask)
+
+
+def _is_causal(mask: Tensor | None, queries: int, length: int, window: int | None) -> bool:
+    """Whether a mask (…, queries, length) shows the last queries all before them, in the window; a bias is no mask."""
+    if mask is None or mask.shape[-1] != length:
+        return False
+    keys = torch.arange(length, device=mask.device)
+    last = keys[-queries:, None]
+    expected = keys <= last
+    if window is not None:
+        expected &= keys > last - window
+    shown = mask if mask.dtype == torch.bool else mask == 0
+    return bool((shown == expected).all())
 
 
 def self_check(module: PreTrainedModel, found: Probe, *, max_positions: int) -> list[str]:
@@ -120,7 +280,7 @@ def self_check(module: PreTrainedModel, found: Probe, *, max_positions: int) -> 
         allowed = max(NEGLIGIBLE, ROUNDING * _difference(_own_logits(module, sequences), expected))
     if not difference <= allowed:
         raise ModelError(
-            f"models of the family {module.config.model_type!r} give other logits with paged attention than with their "
+            f"models of the family {_family(module)} give other logits with paged attention than with their "
             f"own: they differ by {difference:.2g} of their spread, and rounding to {_name(module.dtype)} explains no "
             f"more than {allowed:.2g}."
         )

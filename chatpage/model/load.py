@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from chatpage.errors import ModelError, SettingError
+from chatpage.model import rope
 from chatpage.model.attention import NAME
-from chatpage.model.check import probe, self_check, vocabulary
+from chatpage.model.check import check_keys, probe, self_check, visible, vocabulary
 from chatpage.model.kv import LayerShape
 
 # Where neither the configuration nor the tokenizer says how long a context may be.
@@ -49,13 +50,16 @@ class LoadedModel:
     notes: list[str]
 
 
-def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load(
+    path: str | Path, *, device: str = "auto", dtype: str = "auto", max_model_len: int | None = None
+) -> LoadedModel:
     """Load the model at `path`, a folder or the id of a model on the hub, and check it.
 
     Args:
         path: "./here", "~/there" and names of folders that exist are folders; all else is an id.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         dtype: "auto" (float32 on a CPU; bfloat16, else float16, on a GPU), "float32", "float16" or "bfloat16".
+        max_model_len: how long contexts are wished to be; positions that depend on it are chosen accordingly.
 
     Raises:
         ModelError: there is no such model, its files are wrong, or paged attention cannot run it.
@@ -70,8 +74,14 @@ def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> Load
         module = _module(source, config, chosen_device, chosen_dtype)
         _check_weights(module)
         vocab_size = _vocab_size(module, tokenizer)
+        max_positions, notes = rope.pin(module, _max_positions(config, tokenizer), max_model_len)
         found = probe(module)
-        max_positions, notes = _max_positions(config, tokenizer, found.windows)
+        check_keys(module, max_positions)
+        if (longest := visible(module, found, max_positions)) < max_positions:
+            max_positions = longest
+            notes.append(
+                f"Contexts end at {longest} tokens: past them this model's masks hide other tokens than its layers say."
+            )
         notes += self_check(module, found, max_positions=max_positions)
     except ModelError as error:
         raise ModelError(f"model {str(path)!r} cannot be used: {error}") from error
@@ -172,7 +182,8 @@ def _ask(loader: Any, source: str, **options: Any) -> Any:
         return loader.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:
         if isinstance(error, KeyError) and error.args == (NAME,):
-            raise ModelError("models of this family do not let their attention be replaced.") from error
+            family = getattr(options.get("config"), "model_type", "")
+            raise ModelError(f"models of the family {family!r} do not let their attention be replaced.") from error
         raise ModelError(_first_sentence(error)) from error
 
 
@@ -198,38 +209,10 @@ def _vocab_size(module: PreTrainedModel, tokenizer: Tokenizer) -> int:
     return rows
 
 
-def _max_positions(config: PreTrainedConfig, tokenizer: Tokenizer, windows: frozenset[int]) -> tuple[int, list[str]]:
-    """How long a sequence may be, and why it is shorter than the model says, if it is."""
-    text = config.get_text_config(decoder=True)
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions is None:
-        positions = min(tokenizer.model_max_length, DEFAULT_POSITIONS)
-    notes = []
-    for limit, why in _limits(text, windows):
-        if limit < positions:
-            positions = limit
-            notes.append(f"Contexts end at {limit} tokens: {why}.")
-    return positions, notes
-
-
-def _limits(config: PreTrainedConfig, windows: frozenset[int]) -> list[tuple[int, str]]:
-    """Lengths up to which a sequence's keys depend on nothing but itself, and attention on what its layers say."""
-    limits = []
-    for rope in _rope_parameters(config):
-        if rope.get("rope_type") == "longrope":
-            why = "past them this model's RoPE (longrope) would change with the longest sequence of the batch"
-            limits.append((rope["original_max_position_embeddings"], why))
-    for field in ("sliding_window", "sliding_window_size", "attention_chunk_size"):
-        size = getattr(config, field, None)
-        if isinstance(size, int) and size > 0 and size not in windows:
-            limits.append((size, f"past them this model's {field} would count, which its layers do not hand over"))
-    return limits
-
-
-def _rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """The parameters of RoPE, of each type of layer where they differ."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
+def _max_positions(config: PreTrainedConfig, tokenizer: Tokenizer) -> int:
+    """How many positions the model says it knows."""
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return min(tokenizer.model_max_length, DEFAULT_POSITIONS) if positions is None else positions
 
 
 def _stop_token_ids(module: PreTrainedModel, tokenizer: Tokenizer) -> frozenset[int]:
