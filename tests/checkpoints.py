@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ["<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 VOCAB_SIZE = 320
@@ -99,11 +99,15 @@ def make(family: str, folder: str | Path, **config: Any) -> Path:
 
     `config` overrides fields of the configuration: `make("gemma2", folder, sliding_window=24)`.
     """
+    return save(AutoConfig.for_model(family, **(COMMON | FAMILIES[family] | config)), folder)
+
+
+def save(config: PreTrainedConfig, folder: str | Path) -> Path:
+    """Save a random checkpoint with this configuration to `folder`, unless it is there already; its path."""
     folder = Path(folder)
     if (folder / "model.safetensors").exists():
         return folder
-    names = COMMON | FAMILIES[family] | config
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **names))
+    model = AutoModelForCausalLM.from_config(config)
     _set_weights(model)
     model.generation_config.eos_token_id = 1
     model.save_pretrained(folder)
