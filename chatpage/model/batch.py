@@ -9,6 +9,7 @@ query_starts             0   1       4
 contexts                 6 | 3
 """
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -85,11 +86,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows of one step, ordered by query length (decodes first), then by context. All integers are int64.
+    """The rows of one step, ordered by query length (decodes first), origin and context. All integers are int64.
 
     Attributes:
         rows: the rows in this order.
         order: index of each of them in the caller's list.
+        origins: the block that a row begins with, where others begin with it too; else 0.
         block_size: slots in a block.
         token_ids, positions, slots: (tokens,), row after row.
         query_starts: (rows + 1,), where each row's tokens begin.
@@ -101,6 +103,7 @@ class Batch:
 
     rows: list[Row]
     order: list[int]
+    origins: list[int]
     block_size: int
     token_ids: Tensor
     positions: Tensor
@@ -114,7 +117,9 @@ class Batch:
     @classmethod
     def build(cls, rows: list[Row], *, block_size: int, device: torch.device | str = "cpu") -> "Batch":
         """Flatten at least one row of at least one token."""
-        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].tokens), rows[i].context))
+        beginnings = Counter(row.table[0] for row in rows)
+        origins = [row.table[0] if beginnings[row.table[0]] > 1 else 0 for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].tokens), origins[i], rows[i].context))
         ordered = [rows[i] for i in order]
         starts = [0]
         for row in ordered:
@@ -127,6 +132,7 @@ class Batch:
         return cls(
             rows=ordered,
             order=order,
+            origins=[origins[i] for i in order],
             block_size=block_size,
             token_ids=flat([token for row in ordered for token in row.tokens]),
             positions=flat([position for row in ordered for position in range(row.start, row.context)]),

@@ -2,6 +2,12 @@
 
 Memory past a sequence's end is never read, not even under a mask (0 × NaN is NaN): wherever a gather needs filling up,
 it reads the sequence's first token instead.
+
+Decodes that begin with the same physical blocks read those once, all their queries as one matrix; each reads its own
+blocks for itself, and one softmax goes over both.
+
+    row 0   table [3, 4, 9]          shared [3, 4]   own [9]
+    row 1   table [3, 4, 7, 2]                       own [7, 2]
 """
 
 from dataclasses import dataclass
@@ -10,13 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chatpage.model.batch import Batch
+from chatpage.cache.prefix import common_length
+from chatpage.model.batch import Batch, Row
 from chatpage.model.kv import KVPool
 
 # Queries of a chunk that attend at once: bounds the scores, and spares the early ones the keys of the later ones.
 TILE = 128
-# Decodes attend together where their contexts differ by a factor of two at most; below this many tokens, always.
+# Decodes attend together where what each reads for itself differs by a factor of two at most; below SHORT, always.
 SHORT = 256
+# Below this many shared keys, summed over the rows, two smaller products take longer than one gather.
+WORTH_SHARING = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +37,7 @@ class Group:
         first_token, queries: the tokens first_token … first_token + rows * queries − 1 of the batch.
         starts: (rows,), position of each row's first query.
         context: longest context among them.
+        shared: leading tokens whose blocks all rows have in common, and each query sees.
     """
 
     first_row: int
@@ -36,14 +46,22 @@ class Group:
     queries: int
     starts: Tensor
     context: int
+    shared: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """What a group's queries read: slots (rows, keys) of the pool; mask (rows, 1, queries, keys), or None for all."""
+    """What a group's queries read.
 
-    slots: Tensor
+    Attributes:
+        slots: (rows, keys) of the pool; a slice where one row reads slots that lie side by side.
+        mask: (rows, 1, queries, keys), True where a query sees a key; None where it sees all.
+        shared: slots that all rows read, before those.
+    """
+
+    slots: Tensor | slice
     mask: Tensor | None
+    shared: Tensor | slice | None = None
 
 
 class ReferenceAttention:
@@ -69,21 +87,21 @@ class ReferenceAttention:
     ) -> Tensor:
         self.pool.store(layer, self.batch.slots, key, value)
         keys, values = self.pool.flat(self.pool.keys[layer]), self.pool.flat(self.pool.values[layer])
-        out = query.new_empty(query.shape[0], query.shape[1], value.shape[-1])
+        answers = []
         for group, reach in zip(self.groups, self._reach(window), strict=True):
-            tokens = slice(group.first_token, group.first_token + group.rows * group.queries)
-            asked = query[tokens].unflatten(0, (group.rows, group.queries)).transpose(1, 2)
+            asked = query[group.first_token : group.first_token + group.rows * group.queries]
             answer = attention(
-                asked,
+                asked.unflatten(0, (group.rows, group.queries)).transpose(1, 2),
                 _gather(keys, reach.slots),
                 _gather(values, reach.slots),
                 reach.mask,
                 scaling=scaling,
                 softcap=softcap,
                 sinks=sinks,
+                shared=None if reach.shared is None else (_gather(keys, reach.shared), _gather(values, reach.shared)),
             )
-            out[tokens] = answer.transpose(1, 2).flatten(0, 1)
-        return out
+            answers.append(answer.transpose(1, 2).flatten(0, 1))
+        return answers[0] if len(answers) == 1 else torch.cat(answers)
 
     def _reach(self, window: int | None) -> list[Reach]:
         if window not in self._reaches:
@@ -100,6 +118,7 @@ def attention(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    shared: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Softmax attention with grouped heads: (rows, heads, queries, value_size).
 
@@ -108,31 +127,44 @@ def attention(
         key, value: (rows, kv_heads, keys, key_size or value_size); heads is a multiple of kv_heads.
         mask: (rows, 1, queries, keys), True where a query sees a key; None lets it see all.
         scaling, softcap, sinks: see `chatpage.model.attention.Attention`.
+        shared: keys and values (1, kv_heads, keys, size) that every row sees besides its own.
     """
     rows, heads, queries, _ = query.shape
     kv_heads = key.shape[1]
-    if softcap is None and sinks is None:
+    if softcap is None and sinks is None and shared is None:
         if queries > 1:
             return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=heads > kv_heads)
         # One query a row: the heads that share keys become its queries, so that no key is repeated.
         packed = query.reshape(rows, kv_heads, -1, query.shape[-1])
         return F.scaled_dot_product_attention(packed, key, value, mask, scale=scaling).reshape(rows, heads, 1, -1)
     packed = query.reshape(rows, kv_heads, -1, query.shape[-1])
-    scores = (packed @ key.transpose(2, 3)).float().mul_(scaling)
+    scores = packed @ key.transpose(2, 3)
+    if shared is not None:
+        scores = torch.cat([_product_with_shared(packed, shared[0].transpose(2, 3)), scores], dim=-1)
+    before = scores.shape[-1] - key.shape[2]
+    scores = scores.float().mul_(scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.view(rows, kv_heads, -1, queries, key.shape[2])
     if mask is not None:
-        scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
+        scores[..., before:].unflatten(2, (-1, queries)).masked_fill_(~mask[:, :, None], -torch.inf)
     if sinks is not None:
         column = sinks.float().view(1, kv_heads, -1, 1, 1).expand(rows, -1, -1, queries, -1)
-        scores = torch.cat([scores, column], dim=-1)
-    weights = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype)
-    return (weights.flatten(2, 3) @ value).view(rows, heads, queries, -1)
+        scores = torch.cat([scores, column.flatten(2, 3)], dim=-1)
+    weights = scores.softmax(-1).to(value.dtype)
+    answer = weights[..., before : before + key.shape[2]] @ value
+    if shared is not None:
+        answer += _product_with_shared(weights[..., :before], shared[1])
+    return answer.view(rows, heads, queries, -1)
+
+
+def _product_with_shared(rows: Tensor, shared: Tensor) -> Tensor:
+    """Products of (rows, kv_heads, n, k) with the one (1, kv_heads, k, m), all rows as one matrix."""
+    together = rows.transpose(0, 1).flatten(1, 2)
+    return (together @ shared[0]).unflatten(1, (rows.shape[0], -1)).transpose(0, 1)
 
 
 def _groups(batch: Batch) -> list[Group]:
-    """Decodes of similar context together; a chunk alone, in tiles."""
+    """Decodes of one origin and similar length together; a chunk alone, in tiles."""
     groups: list[Group] = []
     first_row = first_token = 0
     while first_row < len(batch.rows):
@@ -141,14 +173,34 @@ def _groups(batch: Batch) -> list[Group]:
             groups += _tiles(batch, first_row, first_token)
             rows = 1
         else:
-            longest = max(2 * row.context, SHORT)
-            similar = [r for r in batch.rows[first_row:] if len(r.tokens) == 1 and r.context <= longest]
-            rows = len(similar)
+            rows = _alike(batch, first_row)
+            together = batch.rows[first_row : first_row + rows]
             starts = batch.positions[first_token : first_token + rows]
-            groups.append(Group(first_row, rows, first_token, 1, starts, similar[-1].context))
+            shared = _shared_tokens(together, batch.block_size) if rows > 1 else 0
+            groups.append(Group(first_row, rows, first_token, 1, starts, together[-1].context, shared))
         first_row += rows
         first_token += rows * len(row.tokens)
     return groups
+
+
+def _alike(batch: Batch, first: int) -> int:
+    """How many decodes from row `first` on attend together: of the same origin, the longest not twice the shortest."""
+    longest, last = max(2 * batch.rows[first].context, SHORT), first
+    while last < len(batch.rows):
+        row = batch.rows[last]
+        if len(row.tokens) > 1 or row.context > longest or batch.origins[last] != batch.origins[first]:
+            break
+        last += 1
+    return last - first
+
+
+def _shared_tokens(rows: list[Row], block_size: int) -> int:
+    """Leading tokens whose blocks all rows have, less than the shortest context; 0 where it is not worth it."""
+    most = (rows[0].context - 1) // block_size
+    first = rows[0].table[:most]
+    blocks = min(common_length(first, row.table) for row in rows[1:])
+    shared = blocks * block_size
+    return shared if shared * (len(rows) - 1) >= WORTH_SHARING else 0
 
 
 def _tiles(batch: Batch, row: int, first_token: int) -> list[Group]:
@@ -163,22 +215,51 @@ def _tiles(batch: Batch, row: int, first_token: int) -> list[Group]:
 
 def _reach(group: Group, batch: Batch, window: int | None) -> Reach:
     """The keys from the first that any query of a row sees to the row's last, and which query sees which."""
-    last = group.starts + group.queries - 1
     keys = group.context if window is None else min(group.context, window + group.queries - 1)
-    positions = (last[:, None] + 1 - keys).clamp(min=0) + torch.arange(keys, device=last.device)
+    row = batch.rows[group.first_row]
+    if group.rows == 1:
+        first = group.context - keys
+        slots = _slots(row.table, first, group.context, batch.block_size, group.starts.device)
+        return Reach(slots, _mask(group, first, keys, window))
+    shared = group.shared if window is None else 0
+    keys -= shared
+    last = group.starts
+    positions = (last[:, None] + 1 - keys).clamp(min=shared) + torch.arange(keys, device=last.device)
     inside = positions <= last[:, None]
-    read = positions.where(inside, 0)
+    read = positions.where(inside, shared)
     tables = batch.tables[group.first_row : group.first_row + group.rows]
     slots = tables.gather(1, read // batch.block_size) * batch.block_size + read % batch.block_size
-    if group.rows == 1 and group.queries == 1:
-        return Reach(slots, None)
-    asked = group.starts[:, None] + torch.arange(group.queries, device=last.device)
-    mask = positions[:, None] <= asked[:, :, None]
+    common = _slots(row.table, 0, shared, batch.block_size, last.device) if shared else None
+    return Reach(slots, inside[:, None, None], common)
+
+
+def _slots(table: list[int], begin: int, end: int, block_size: int, device: torch.device) -> Tensor | slice:
+    """Slots of the positions begin … end − 1 of one row; a slice where they lie side by side."""
+    first, last = begin // block_size, (end - 1) // block_size
+    blocks = table[first : last + 1]
+    offset = begin - first * block_size
+    if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
+        start = blocks[0] * block_size + offset
+        return slice(start, start + end - begin)
+    starts = torch.tensor(blocks, device=device)[:, None] * block_size
+    return (starts + torch.arange(block_size, device=device)).flatten()[None, offset : offset + end - begin]
+
+
+def _mask(group: Group, first: int, keys: int, window: int | None) -> Tensor | None:
+    """Which keys from position `first` on each query of a single row sees; None for one query, which sees all."""
+    if group.queries == 1:
+        return None
+    device = group.starts.device
+    asked = group.starts[:, None] + torch.arange(group.queries, device=device)
+    positions = first + torch.arange(keys, device=device)
+    mask = positions <= asked[:, :, None]
     if window is not None:
-        mask &= positions[:, None] > asked[:, :, None] - window
-    return Reach(slots, mask[:, None])
+        mask &= positions > asked[:, :, None] - window
+    return mask[:, None]
 
 
-def _gather(flat: Tensor, slots: Tensor) -> Tensor:
-    """Rows (slots, heads, size) of the pool as (rows, heads, keys, size)."""
+def _gather(flat: Tensor, slots: Tensor | slice) -> Tensor:
+    """Rows (slots, heads, size) of the pool as (rows, heads, keys, size). A slice is not copied."""
+    if isinstance(slots, slice):
+        return flat[slots].transpose(0, 1)[None]
     return flat.index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)

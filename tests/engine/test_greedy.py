@@ -132,12 +132,24 @@ def test_on_the_second_turn(engine: Engine, oracle: Oracle) -> None:
 # -- faults that these tests must see ----------------------------------------------------------------------------------
 
 
+def without(reach: Reach, first: int, last: int) -> Reach:
+    slots = reach.slots
+    fewer = (
+        slice(slots.start + first, slots.stop - last)
+        if isinstance(slots, slice)
+        else slots[:, first:][:, : -last or None]
+    )
+    return replace(
+        reach, slots=fewer, mask=None if reach.mask is None else reach.mask[..., first:][..., : -last or None]
+    )
+
+
 def without_the_first(reach: Reach) -> Reach:
-    return Reach(reach.slots[:, 1:], None if reach.mask is None else reach.mask[..., 1:])
+    return without(reach, 1, 0)
 
 
 def without_the_newest(reach: Reach) -> Reach:
-    return Reach(reach.slots[:, :-1], None if reach.mask is None else reach.mask[..., :-1])
+    return without(reach, 0, 1)
 
 
 @pytest.mark.parametrize("fault", [without_the_first, without_the_newest])

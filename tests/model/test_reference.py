@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import chatpage.model.reference as reference
-from chatpage.model.batch import Batch, Draw, Row
+from chatpage.model.batch import Batch, Draw, Drawn, Row
 from chatpage.model.kv import KVPool, LayerShape
 from chatpage.model.reference import ReferenceAttention
 from chatpage.schedule.params import SamplingParams
@@ -79,6 +79,38 @@ def test_every_query_sees_its_own_context(window, softcap, with_sinks, tile, mon
             index += 1
 
 
+@pytest.mark.parametrize("window", [None, 6, 64])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_decodes_that_share_blocks_read_them_once(window, softcap, with_sinks, monkeypatch):
+    """Three decodes behind a prefix of 12 tokens, one that shares only 4 of them, and one that shares none."""
+    monkeypatch.setattr(reference, "WORTH_SHARING", 1)
+    random = torch.Generator().manual_seed(4)
+    pool = KVPool((LayerShape(KV_HEADS, KEY_SIZE, VALUE_SIZE),), 40, BLOCK_SIZE, "cpu", torch.float32)
+    pool.keys[0].fill_(torch.nan)
+    pool.values[0].fill_(torch.nan)
+    tables = [[9, 2, 31, 5], [9, 2, 31, 12, 8], [9, 2, 31, 7, 20, 6], [9, 14, 15], [3, 4]]
+    lengths = [13, 19, 24, 11, 7]
+    for table, length in zip(tables, lengths, strict=True):
+        slots = torch.tensor(Row([0] * length, 0, table).slots(BLOCK_SIZE))
+        missing = pool.flat(pool.keys[0])[slots].isnan()[:, 0, 0]
+        count = int(missing.sum())
+        key = torch.randn(count, KV_HEADS, KEY_SIZE, generator=random)
+        pool.store(0, slots[missing], key, torch.randn(count, KV_HEADS, VALUE_SIZE, generator=random))
+    keys, values = pool.flat(pool.keys[0]).clone(), pool.flat(pool.values[0]).clone()
+    batch = Batch.build([Row([0], n - 1, t) for t, n in zip(tables, lengths, strict=True)], block_size=BLOCK_SIZE)
+    query = torch.randn(len(tables), HEADS, KEY_SIZE, generator=random)
+    sinks = torch.randn(HEADS, generator=random) if with_sinks else None
+    settings = {"window": window, "softcap": softcap, "sinks": sinks, "scaling": 0.3}
+    attention = ReferenceAttention(pool, batch)
+    assert max(group.shared for group in attention.groups) == 4, "the one that shares less limits the group"
+    out = attention.attend(0, query, keys[batch.slots], values[batch.slots], **settings)
+    for i, row in enumerate(batch.rows):
+        slots = Row([0] * row.context, 0, row.table).slots(BLOCK_SIZE)
+        expected = naive(query[i], keys[slots], values[slots], **settings)
+        torch.testing.assert_close(out[i], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_batch_is_flat_and_ordered():
     draw = Draw(SamplingParams(), seed=1, choice=0, position=3)
     rows = [
@@ -94,8 +126,15 @@ def test_batch_is_flat_and_ordered():
     assert batch.query_starts.tolist() == [0, 1, 2, 5]
     assert batch.contexts.tolist() == [6, 10, 3]
     assert batch.tables.tolist() == [[3, 8, 6], [1, 2, 3], [4, 0, 0]]
-    assert batch.sampled.tolist() == [0, 4]
-    assert batch.in_order([50, 60]) == [60, None, 50]
+    assert batch.sampled.tolist() == [0, 1, 4]
+    assert batch.in_order([Drawn(50), Drawn(), Drawn(60)]) == [Drawn(60), Drawn(), Drawn(50)]
+
+
+def test_rows_that_begin_with_the_same_block_are_side_by_side():
+    rows = [Row([7], start, [first, 9]) for start, first in [(5, 3), (4, 8), (7, 1), (6, 3), (5, 2)]]
+    batch = Batch.build(rows, block_size=4)
+    assert [row.table[0] for row in batch.rows] == [8, 2, 1, 3, 3]
+    assert batch.origins == [0, 0, 0, 3, 3]
 
 
 def test_a_table_that_is_too_short_is_an_error():
