@@ -44,6 +44,7 @@ class ChatPage:
         Raises:
             ChatPageError: the port, the model or a setting cannot be used.
         """
+        self.settings.require_possible()
         launch(self.settings)
 
 

@@ -7,7 +7,9 @@ sentence about a wrong value, are made from the fields below.
 
 import difflib
 import ipaddress
+import json
 import os
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -16,8 +18,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from chatpage import tutor
 from chatpage.errors import SettingError
 
+PREFIX = "CHATPAGE_"  # of the settings in the environment
 MAX_BLOCK_SIZE = 255  # a block's fill is one byte in snapshots
 
 
@@ -54,11 +58,12 @@ class Settings(BaseSettings):
     """What one server is started with. Read-only.
 
     Raises:
-        SettingError: a value is wrong or a keyword is unknown; one sentence that names it and what is allowed.
+        SettingError: a value is wrong, or a keyword or a variable of the environment is unknown; one sentence that
+            names it and what is allowed.
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="CHATPAGE_", env_ignore_empty=True, extra="forbid", frozen=True, protected_namespaces=()
+        env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True, protected_namespaces=()
     )
 
     model: Annotated[Text | None, BeforeValidator(_as_path)] = Field(
@@ -125,10 +130,46 @@ class Settings(BaseSettings):
     paranoid: bool = Field(False, description="Prove the invariants of the cache after every step (slow).")
 
     def __init__(self, **values: Any) -> None:
+        _require_known_variables()
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise SettingError(_sentence(error.errors()[0])) from None
+
+    def require_possible(self) -> None:
+        """Refuse what can be known to be wrong before anything is loaded, and before the port is taken.
+
+        Raises:
+            SettingError: the model's folder is not there, the trace's neither, or the context is longer than either the
+                model or the pool allows.
+        """
+        model, longest = self._model_folder(), self.max_model_len
+        if self.trace and not os.path.isdir(os.path.dirname(self.trace) or "."):
+            raise SettingError(f"--trace is {self.trace!r}; it must be a file in a folder that exists.")
+        if self.trace and os.path.isdir(self.trace):
+            raise SettingError(f"--trace is {self.trace!r}, which is a folder; it must be a file.")
+        if longest is None:
+            return
+        positions = _positions(model) if model else None
+        if positions and longest > positions:
+            raise SettingError(f"--max-model-len is {longest}, but this model's contexts end at {positions} tokens.")
+        needed = -(-longest // self.block_size)
+        if self.kv_blocks is not None and self.kv_blocks < needed:
+            raise SettingError(
+                f"--kv-blocks is {self.kv_blocks}, but one sequence of --max-model-len {longest} tokens takes {needed} "
+                f"blocks of {self.block_size}."
+            )
+
+    def _model_folder(self) -> Path | None:
+        """The folder of the model; None for an id of the Hub."""
+        if self.model is None:
+            return tutor.path()
+        folder = Path(self.model).expanduser()
+        if folder.is_dir() and not (folder / "config.json").exists():
+            raise SettingError(f"--model is {self.model!r}, a folder without config.json; it must hold a model.")
+        if not folder.is_dir() and (folder.exists() or self.model.startswith((".", "/", "~"))):
+            raise SettingError(f"--model is {self.model!r}; it must be a folder that exists, or an id of the Hub.")
+        return folder if folder.is_dir() else None
 
     @property
     def on_loopback(self) -> bool:
@@ -153,6 +194,15 @@ class Settings(BaseSettings):
         return "full" if self.on_loopback else "aggregate"
 
 
+def _require_known_variables() -> None:
+    """Refuse CHATPAGE_… in the environment that is no setting: it would be without effect."""
+    for variable in os.environ:
+        name = variable.lower().removeprefix(PREFIX.lower())
+        if variable.upper().startswith(PREFIX) and name not in Settings.model_fields:
+            near = PREFIX + nearest(name).upper()
+            raise SettingError(f"{variable} in the environment is not a setting; did you mean {near}?")
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -173,6 +223,16 @@ def nearest(name: str) -> str:
     """The known setting that a misspelt name most likely meant."""
     names = list(Settings.model_fields)
     return difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
+
+
+def _positions(model: Path) -> int | None:
+    """The longest context by the model's configuration, if it says so. Loading may find reasons for a shorter one."""
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        positions = config.get("text_config", config).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError):  # loading says what is wrong with it
+        return None
+    return positions if isinstance(positions, int) else None
 
 
 def _plain_type(annotation: Any) -> Any:

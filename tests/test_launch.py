@@ -82,13 +82,21 @@ def test_a_busy_port_ends_the_program_before_the_model_is_loaded(checkpoint: Pat
     assert err.count("\n") == 1
 
 
-def test_a_model_that_is_not_there_ends_the_program():
+def test_a_model_that_is_not_there_ends_the_program_before_the_port_is_taken():
     process = start("--port", 0, "--model", "/no/such/folder")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "")
+    assert err == "chatpage: --model is '/no/such/folder'; it must be a folder that exists, or an id of the Hub.\n"
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_program(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    process = start("--port", 0, "--model", tmp_path)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert out.startswith("ChatPage is on http://127.0.0.1:")
     assert err.startswith("chatpage: ")
-    assert "/no/such/folder" in err
+    assert str(tmp_path) in err
     assert err.count("\n") == 1
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,67 @@ def test_where_a_value_comes_from(monkeypatch: pytest.MonkeyPatch):
     assert Settings(block_size=4).block_size == 4
     assert Settings(system_prompt="One").system_prompt == ["One"]
     assert Settings(model=Path("folder")).model == "folder"
+
+
+@pytest.mark.parametrize("variable", ["CHATPAGE_BLOK_SIZE", "chatpage_blok_size", "CHATPAGE_Block_Sise"])
+def test_a_misspelt_variable(variable: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(variable, "8")
+    with pytest.raises(SettingError) as caught:
+        Settings()
+    assert str(caught.value) == f"{variable} in the environment is not a setting; did you mean CHATPAGE_BLOCK_SIZE?"
+
+
+def test_variables_of_other_programs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MY_CHATPAGE_BLOK_SIZE", "8")
+    monkeypatch.setenv("CHATPAGES", "8")
+    for name, field in Settings.model_fields.items():
+        if field.annotation is int:
+            monkeypatch.setenv(f"CHATPAGE_{name.upper()}", "8")
+    assert Settings().block_size == Settings().port == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model": "/no/such"}, "--model is '/no/such'; it must be a folder that exists, or an id of the Hub."),
+        ({"model": "./app.py"}, "--model is './app.py'; it must be a folder that exists, or an id of the Hub."),
+        ({"model": "tests"}, "--model is 'tests', a folder without config.json; it must hold a model."),
+        ({"trace": "/no/such/trace"}, "--trace is '/no/such/trace'; it must be a file in a folder that exists."),
+        ({"trace": "tests"}, "--trace is 'tests', which is a folder; it must be a file."),
+        (
+            {"max_model_len": 10**6},
+            "--max-model-len is 1000000, but this model's contexts end at 1024 tokens.",
+        ),
+        (
+            {"max_model_len": 100, "kv_blocks": 3},
+            "--kv-blocks is 3, but one sequence of --max-model-len 100 tokens takes 7 blocks of 16.",
+        ),
+    ],
+)
+def test_what_cannot_be_is_known_before_anything_is_loaded(
+    settings: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    with pytest.raises(SettingError) as caught:
+        Settings(**settings).require_possible()
+    assert str(caught.value) == said
+    given = [word for name, value in settings.items() for word in (flag(name), str(value))]
+    assert main(["serve", *given]) == 2
+    assert capsys.readouterr().err == f"chatpage: {said}\n"
+
+
+def test_what_may_be_is_left_to_loading(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{")
+    for settings in (
+        {"model": tmp_path, "max_model_len": 100, "kv_blocks": 7},
+        {"model": "someone/some-model", "max_model_len": 10**6},
+        {"trace": "trace.jsonl"},
+        {"kv_blocks": 1},
+    ):
+        Settings(**settings).require_possible()
+    (tmp_path / "config.json").write_text('{"text_config": {"max_position_embeddings": 64}}')
+    with pytest.raises(SettingError, match="contexts end at 64 tokens"):
+        Settings(model=tmp_path, max_model_len=65).require_possible()
 
 
 @pytest.mark.parametrize(
