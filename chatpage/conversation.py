@@ -50,7 +50,7 @@ class Exchange:
 
     def path(self) -> "list[Exchange]":
         """All exchanges from the first one to this one."""
-        path = [self]
+        path: list[Exchange] = [self]
         while path[-1].before is not None:
             path.append(path[-1].before)
         return path[::-1]
