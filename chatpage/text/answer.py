@@ -16,6 +16,7 @@ class Answer:
         stop_token_ids: tokens that end the answer; they are never shown.
         stops: strings that end the answer; neither they nor their heads are ever shown.
         limit: end after so many tokens.
+        min_tokens: a stop string that is complete within the text of so many tokens is text like any other, as in vLLM.
     """
 
     def __init__(
@@ -25,11 +26,13 @@ class Answer:
         stop_token_ids: Collection[int],
         stops: tuple[str, ...],
         limit: int,
+        min_tokens: int = 0,
     ) -> None:
         self._detokenizer = Detokenizer(tokenizer)
         self._stops = StopStrings(stops)
         self._stop_token_ids = stop_token_ids
         self._limit = limit
+        self._min_tokens = min_tokens
         self._count = 0
 
     def add(self, token: int) -> tuple[str, FinishReason | None]:
@@ -37,14 +40,19 @@ class Answer:
         self._count += 1
         if token in self._stop_token_ids:
             return self.flush(), "stop"
-        text, stopped = self._stops.add(self._detokenizer.add(token))
-        if stopped:
-            return text, "stop"
-        if self._count >= self._limit:
-            return text + self.flush(), "length"
-        return text, None
+        text, stopped = self._pass(self._detokenizer.add(token))
+        if not stopped and self._count >= self._limit:
+            rest, stopped = self._rest()
+            return text + rest, "stop" if stopped else "length"
+        return text, "stop" if stopped else None
 
     def flush(self) -> str:
         """What was held back, once no token follows."""
-        text, stopped = self._stops.add(self._detokenizer.flush())
-        return text if stopped else text + self._stops.flush()
+        return self._rest()[0]
+
+    def _rest(self) -> tuple[str, bool]:
+        text, stopped = self._pass(self._detokenizer.flush())
+        return text + self._stops.flush(), stopped
+
+    def _pass(self, text: str) -> tuple[str, bool]:
+        return self._stops.add(text, exempt=self._count <= self._min_tokens)

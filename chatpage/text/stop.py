@@ -6,25 +6,29 @@ from collections.abc import Iterable
 class StopStrings:
     """Lets text pass until one of the stop strings is complete; the one that is complete first counts.
 
-    The end of the text so far is held back while it may be the beginning of a stop string.
+    The end of the text so far is held back while it may be the beginning of a stop string. A stop string that ends in
+    exempt text passes like any other; one that only begins there does not.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
+        self._exempt = 0  # so many characters of what is held were exempt
         self._met = False
 
-    def add(self, text: str) -> tuple[str, bool]:
+    def add(self, text: str, *, exempt: bool = False) -> tuple[str, bool]:
         """Text that is safe to send, and whether a stop string was met: it and everything after it is dropped."""
         if self._met:
             return "", True
         text = self._held + text
+        if exempt:
+            self._exempt = len(text)
         start = self._first_stop(text)
         if start is not None:
             self._held, self._met = "", True
             return text[:start], True
         safe = len(text) - self._unsure(text)
-        self._held = text[safe:]
+        self._held, self._exempt = text[safe:], max(0, self._exempt - safe)
         return text[:safe], False
 
     def flush(self) -> str:
@@ -34,8 +38,12 @@ class StopStrings:
 
     def _first_stop(self, text: str) -> int | None:
         """Where the stop string that ends first begins (of two that end there, the longer one)."""
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._find(stop, text)) >= 0]
         return min(found)[1] if found else None
+
+    def _find(self, stop: str, text: str) -> int:
+        """Where a stop string begins that ends after the exempt characters; −1 for nowhere."""
+        return text.find(stop, max(0, self._exempt + 1 - len(stop)))
 
     def _unsure(self, text: str) -> int:
         """How many characters at the end of `text` may begin a stop string."""

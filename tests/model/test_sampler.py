@@ -267,6 +267,14 @@ def test_nothing_can_be_drawn_that_transformers_would_rule_out():
     assert_distribution(torch.bincount(drawn, minlength=VOCABULARY) / 4000, expected)
 
 
+def test_the_repetition_penalty_sees_the_bias():
+    """(1 + 5) / 2 is less than 4, and 1 / 2 + 5 would be more."""
+    params = SamplingParams(temperature=0, repetition_penalty=2, logit_bias=((0, 5),))
+    past, logits = [0], torch.tensor([[1.0, 4.0]])
+    assert tokens(logits.clone(), [Draw(params, 0, 0, 0, past, 1)]) == [1]
+    assert processors(params, [], 0)(torch.tensor([past]), logits).argmax() == 1
+
+
 # -- bans and log-probabilities ----------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Two small tokenizers of the kinds that models come with, made on the spot."""
+"""Small tokenizers of the kinds that models come with, made on the spot."""
 
 import json
 from functools import cache
@@ -23,6 +23,10 @@ HARD_TEXTS = [
     "  two spaces first, two last  ",
     "a\n\n\tb \u200d \ufffd c\x00d",
     "é is not é; ﷽ ẞ İ",
+    "🧑‍🦽‍➡️🏴󠁧󠁢󠁷󠁬󠁳󠁿👨🏿‍🤝‍👨🏻 3️⃣",
+    "ก็เป็นน้ำ ญี่ปุ่น ฤๅษี",
+    "ㄱㅏ 가 각 값 꿹 한",
+    "स्त्री क़ श्रृंखला र्‍य",
 ]
 CHATML = (
     "{% for message in messages %}"
@@ -67,6 +71,27 @@ def byte_fallback() -> PreTrainedTokenizerFast:
     )
     core.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
     return _wrap(core)
+
+
+@cache
+def metaspace() -> PreTrainedTokenizerFast:
+    """SentencePiece-like unigrams with bytes, as in T5's and XGLM's kin: the decoder takes the first space away."""
+    trained = Tokenizer(models.Unigram())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=160, special_tokens=["<unk>", *SPECIAL], unk_token="<unk>", show_progress=False
+    )
+    trained.train_from_iterator(LINES * 3, trainer)
+    pieces = [(piece, score) for piece, score in json.loads(trained.to_str())["model"]["vocab"]]
+    pieces[len(SPECIAL) + 1 : len(SPECIAL) + 1] = [(byte, -20.0) for byte in BYTES]
+    core = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
+    core.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    return _wrap(core)
+
+
+ALL_KINDS = [byte_level, byte_fallback, metaspace]
 
 
 def _wrap(core: Tokenizer) -> PreTrainedTokenizerFast:

@@ -1,3 +1,5 @@
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,3 +52,29 @@ def test_after_a_stop_nothing_comes():
 
 def test_without_stop_strings_everything_passes_at_once():
     assert StopStrings([]).add("text") == ("text", False)
+
+
+@given(STOPS, LETTERS, st.integers(0, 30), st.data())
+def test_a_stop_string_within_exempt_text_is_text_and_one_that_ends_later_is_not(stops, text, exempt, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)))))
+    exempt = min(exempt, len(text))
+    edges = sorted({0, exempt, *cuts, len(text)})
+    stream, sent, met = StopStrings(stops), "", False
+    for a, b in itertools.pairwise(edges):
+        safe, met = stream.add(text[a:b], exempt=b <= exempt)
+        sent += safe
+    sent += stream.flush()
+    ends = (end for end in range(exempt + 1, len(text) + 1) if text[:end].endswith(tuple(stops)))
+    end = next(ends, None)
+    if end is None:
+        assert (sent, met) == (text, False)
+    else:
+        longest = max(len(stop) for stop in stops if text[:end].endswith(stop))
+        assert (sent, met) == (text[: end - longest], True)
+
+
+def test_a_stop_string_that_begins_in_exempt_text_takes_its_beginning_along():
+    stream = StopStrings(["END", "EN"])
+    assert stream.add("The EN", exempt=True) == ("The ", False)
+    assert stream.add("D") == ("", True)
+    assert stream.flush() == ""
