@@ -23,7 +23,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._silent = _special_ids(tokenizer)
+        self._silent = silent_ids(tokenizer)
         self._window: list[int] = []
         self._sent = 0  # characters of the window's text
 
@@ -64,6 +64,7 @@ class Detokenizer:
 
 
 @lru_cache(maxsize=8)
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def silent_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Special tokens, which are never shown."""
     flagged = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(flagged.union(tokenizer.all_special_ids))
