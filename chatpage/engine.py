@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from chatpage.cache.prefix import common_length
 from chatpage.errors import Busy, ChatPageError, RequestError, Unavailable
 from chatpage.events import Event, Snapshot
+from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Delta, Prompt, Request
 from chatpage.sessions import OpenSession, Sessions
 from chatpage.settings import Settings
@@ -214,13 +215,16 @@ class Engine:
         if tokens >= self.max_model_len:
             raise self._too_long(str(tokens))
 
-    def _require_known(self, tokens: tuple[int, ...]) -> None:
-        """Refuse a prompt that would make its step fail, and with it everybody's who is in that step."""
-        if not tokens:
+    def _require_known(self, prompt: Prompt, params: SamplingParams) -> None:
+        """Refuse tokens that would make their step fail, and with it everybody's who is in that step."""
+        if not prompt.tokens:
             raise RequestError("The prompt has no tokens; it must have at least one.", param="messages")
         last = self.core.loaded.vocab_size - 1
-        if unknown := [token for token in tokens if not 0 <= token <= last]:
-            raise RequestError(f"The prompt has token {unknown[0]}; the model knows 0 to {last}.", param="messages")
+        named = {"The prompt": prompt.tokens, "stop_token_ids": params.stop_token_ids, "logit_bias": params.biased}
+        for name, tokens in named.items():
+            if unknown := [token for token in tokens if not 0 <= token <= last]:
+                param = "messages" if name == "The prompt" else name
+                raise RequestError(f"{name} has token {unknown[0]}; the model knows 0 to {last}.", param=param)
 
     def _too_long(self, tokens: str) -> RequestError:
         return RequestError(
@@ -241,7 +245,7 @@ class Engine:
             Unavailable: the engine is not ready.
         """
         self._require_ready()
-        self._require_known(request.prompt.tokens)
+        self._require_known(request.prompt, request.params)
         self.require_room(len(request.prompt.tokens))
         self.core.scheduler.require_room(request.prompt)
         if request.session is not None and not self.has_session(request.session):

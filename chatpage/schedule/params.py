@@ -76,7 +76,7 @@ class SamplingParams:
             token, bias = pair
             require_whole("A token of logit_bias", token, 0, 2**31 - 1, param="logit_bias")
             require_number(f"The logit_bias of token {token}", bias, -MAX_BIAS, MAX_BIAS, param="logit_bias")
-        if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
+        if len(set(self.biased)) < len(self.biased):
             raise RequestError("logit_bias names a token twice; each may have one bias.", param="logit_bias")
         if self.seed is not None:
             require_whole("seed", self.seed, -(2**63), 2**63 - 1)
@@ -104,6 +104,11 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def biased(self) -> tuple[int, ...]:
+        """Tokens that have a bias."""
+        return tuple(token for token, _ in self.logit_bias)
 
     @property
     def penalizes_drawn(self) -> bool:
