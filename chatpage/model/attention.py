@@ -8,6 +8,7 @@ import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
@@ -47,6 +48,16 @@ class Attention(Protocol):
             sinks: (heads,), one more score in each softmax, which takes its share and gives nothing.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What a layer hands to the attention function beside queries, keys and values (see `Attention.attend`)."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
 
 
 # Tensors that some models hand to attention without need.

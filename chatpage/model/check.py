@@ -6,10 +6,11 @@ Neither runs long texts through the model: `visible` asks transformers' own mask
 context see, and `probe` whether keys stay the same beside one of that length.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import eager_mask
 
 from chatpage.errors import ModelError
-from chatpage.model.attention import NAME, attending, forward, logits_at
+from chatpage.model.attention import NAME, Attention, AttentionCall, attending, forward, logits_at
 from chatpage.model.batch import Batch, Draw, Row
 from chatpage.model.kv import KVPool, LayerShape
 from chatpage.model.reference import ReferenceAttention
@@ -40,6 +41,8 @@ DECODES = 3
 ROUNDING = 2.0
 NEGLIGIBLE = 1e-4
 
+Forward = Callable[[Batch, Attention], Tensor]  # logits (rows, vocabulary) of each row's last token
+
 # Asks for a row's logits; nothing is drawn here.
 _ANY_DRAW = Draw(SamplingParams(temperature=0), seed=0, choice=0, position=0)
 
@@ -51,10 +54,14 @@ LOOKERS = 4  # tokens that are asked what they see
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What a dry forward saw: a shape for each layer, and the windows that the layers ask for."""
+    """What a dry forward saw: for each layer the shape of its keys and values, and how it asks for attention."""
 
     layers: tuple[LayerShape, ...]
-    windows: frozenset[int]
+    calls: tuple[AttentionCall, ...]
+
+    @property
+    def windows(self) -> set[int]:
+        return {call.window for call in self.calls if call.window is not None}
 
 
 @dataclass(slots=True)
@@ -63,7 +70,7 @@ class _Recorder:
 
     shapes: list[LayerShape] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
-    windows: set[int] = field(default_factory=set)
+    calls: list[AttentionCall] = field(default_factory=list)
 
     def attend(
         self,
@@ -79,8 +86,7 @@ class _Recorder:
     ) -> Tensor:
         self.shapes.append(LayerShape(kv_heads=key.shape[1], key_size=key.shape[2], value_size=value.shape[2]))
         self.keys.append(key.clone())
-        if window is not None:
-            self.windows.add(window)
+        self.calls.append(AttentionCall(scaling, window, softcap, sinks))
         return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
 
 
@@ -99,7 +105,7 @@ def probe(module: PreTrainedModel) -> Probe:
             f"models of the family {_family(module)} remember more than keys and values: of {expected} layers only "
             f"{len(seen.shapes)} attend."
         )
-    return Probe(tuple(seen.shapes), frozenset(seen.windows))
+    return Probe(tuple(seen.shapes), tuple(seen.calls))
 
 
 def check_keys(module: PreTrainedModel, longest: int) -> None:
@@ -275,9 +281,8 @@ def self_check(module: PreTrainedModel, found: Probe, *, max_positions: int) -> 
     expected = _own_logits(module, sequences)
     if not expected.isfinite().all():
         raise ModelError(f"the model's logits are not finite numbers in {_name(module.dtype)}; try another --dtype.")
-    difference = _difference(_paged_logits(module, found.layers, sequences.tolist()), expected)
-    with _rounding(module):
-        allowed = max(NEGLIGIBLE, ROUNDING * _difference(_own_logits(module, sequences), expected))
+    difference = _difference(_paged_logits(module, partial(forward, module), found, sequences), expected)
+    allowed = _allowed(module, sequences, expected)
     if not difference <= allowed:
         raise ModelError(
             f"models of the family {_family(module)} give other logits with paged attention than with their "
@@ -287,12 +292,26 @@ def self_check(module: PreTrainedModel, found: Probe, *, max_positions: int) -> 
     return notes
 
 
+def agrees(module: PreTrainedModel, compute: Forward, found: Probe) -> bool:
+    """Whether another way to compute the model gives its logits, over a paged pool."""
+    sequences = torch.randint(vocabulary(module), (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    expected = _own_logits(module, sequences)
+    difference = _difference(_paged_logits(module, compute, found, sequences), expected)
+    return difference <= _allowed(module, sequences, expected)
+
+
+def _allowed(module: PreTrainedModel, sequences: Tensor, expected: Tensor) -> float:
+    """How far the logits of a sound model may be from these, which are its own."""
+    with _rounding(module):
+        return max(NEGLIGIBLE, ROUNDING * _difference(_own_logits(module, sequences), expected))
+
+
 def vocabulary(module: PreTrainedModel) -> int:
     """How many tokens have an embedding."""
     return cast(nn.Embedding, module.get_input_embeddings()).num_embeddings
 
 
-def _length(module: PreTrainedModel, max_positions: int, windows: frozenset[int]) -> tuple[int, list[str]]:
+def _length(module: PreTrainedModel, max_positions: int, windows: set[int]) -> tuple[int, list[str]]:
     """How many tokens to compare, and a note for each window that this does not pass."""
     parameters = module.num_parameters()
     longest = min(max_positions, LONGEST, max(TOKENS, int(AFFORDABLE[module.device.type] / parameters)))
@@ -327,23 +346,23 @@ def _own_logits(module: PreTrainedModel, sequences: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _paged_logits(module: PreTrainedModel, layers: tuple[LayerShape, ...], sequences: list[list[int]]) -> Tensor:
+def _paged_logits(module: PreTrainedModel, compute: Forward, found: Probe, sequences: Tensor) -> Tensor:
     """The same logits from a paged pool. Each sequence starts one step after the one before it."""
-    per_sequence = -(-len(sequences[0]) // BLOCK_SIZE)
-    pool = KVPool(layers, per_sequence * len(sequences), BLOCK_SIZE, module.device, module.dtype)
+    per_sequence = -(-sequences.shape[1] // BLOCK_SIZE)
+    pool = KVPool(found.layers, per_sequence * len(sequences), BLOCK_SIZE, module.device, module.dtype)
     scattered = (torch.randperm(pool.num_blocks, generator=torch.Generator().manual_seed(0)) + 1).tolist()
-    spans = _spans(len(sequences[0]))
+    spans = _spans(sequences.shape[1])
     logits: list[list[Tensor]] = [[] for _ in sequences]
     for step in range(len(spans) + len(sequences) - 1):
         rows, owners = [], []
-        for i, tokens in enumerate(sequences):
+        for i, tokens in enumerate(sequences.tolist()):
             if 0 <= step - i < len(spans):
                 span = spans[step - i]
                 table = scattered[i * per_sequence : (i + 1) * per_sequence]
                 rows.append(Row(tokens[span.start : span.stop], span.start, table, sample=_ANY_DRAW))
                 owners.append(i)
         batch = Batch.build(rows, block_size=BLOCK_SIZE, device=module.device)
-        for index, row in zip(batch.order, forward(module, batch, ReferenceAttention(pool, batch)), strict=True):
+        for index, row in zip(batch.order, compute(batch, ReferenceAttention(pool, batch)), strict=True):
             logits[owners[index]].append(row)
     return torch.stack([torch.stack(rows) for rows in logits])
 

@@ -4,7 +4,9 @@ Weights come from safetensors only, and no code that lies beside a model is ever
 """
 
 import json
+import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from chatpage.errors import ModelError, SettingError
 from chatpage.model import rope
-from chatpage.model.attention import NAME
-from chatpage.model.check import check_keys, probe, self_check, visible, vocabulary
+from chatpage.model.attention import NAME, forward
+from chatpage.model.check import Forward, Probe, agrees, check_keys, probe, self_check, visible, vocabulary
+from chatpage.model.fused import FusedModel, NotUsual
 from chatpage.model.kv import LayerShape
+
+log = logging.getLogger(__name__)
 
 # Where neither the configuration nor the tokenizer says how long a context may be.
 DEFAULT_POSITIONS = 2048
@@ -29,6 +34,7 @@ class LoadedModel:
     Attributes:
         name: of its folder, or its id on the hub.
         module: the transformers model, in eval mode on its device; its attention is ours.
+        forward: computes a batch's logits: the module itself, or the same in fewer operations.
         tokenizer: the one saved with it.
         layers: what each layer stores for a token.
         max_positions: tokens that a sequence may have.
@@ -40,6 +46,7 @@ class LoadedModel:
 
     name: str
     module: PreTrainedModel
+    forward: Forward
     tokenizer: Tokenizer
     layers: tuple[LayerShape, ...]
     max_positions: int
@@ -83,11 +90,13 @@ def load(
                 f"Contexts end at {longest} tokens: past them this model's masks hide other tokens than its layers say."
             )
         notes += self_check(module, found, max_positions=max_positions)
+        compute = _fastest(module, found)
     except ModelError as error:
         raise ModelError(f"model {str(path)!r} cannot be used: {error}") from error
     return LoadedModel(
         name=Path(source).resolve().name if Path(source).is_dir() else source,
         module=module,
+        forward=compute,
         tokenizer=tokenizer,
         layers=found.layers,
         max_positions=max_positions,
@@ -190,6 +199,19 @@ def _ask(loader: Any, source: str, **options: Any) -> Any:
 def _first_sentence(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0]
+
+
+def _fastest(module: PreTrainedModel, found: Probe) -> Forward:
+    """The fused model, where this one is the usual decoder; else the module as it is."""
+    try:
+        fused = FusedModel(module, found.calls).forward
+        if agrees(module, fused, found):
+            return fused
+    except NotUsual:
+        pass
+    except Exception as error:  # modules with the usual names may do anything
+        log.debug("The usual names, but not the usual decoder: %r", error)
+    return partial(forward, module)
 
 
 def _check_weights(module: PreTrainedModel) -> None:

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from chatpage.model.attention import forward
 from chatpage.model.batch import Batch, Draw, Drawn, Row
 from chatpage.model.kv import KVPool
 from chatpage.model.reference import ReferenceAttention
@@ -39,7 +38,7 @@ class ModelRunner:
         The same rows may run again: they write the same into the same slots.
         """
         batch = Batch.build(rows, block_size=self.pool.block_size, device=self.loaded.device)
-        logits = forward(self.loaded.module, batch, ReferenceAttention(self.pool, batch))
+        logits = self.loaded.forward(batch, ReferenceAttention(self.pool, batch))
         return batch.in_order(sample(logits, batch.draws))
 
     def require_sound(self) -> None:

@@ -1,0 +1,175 @@
+"""The usual decoder in fewer and larger operations: what most families compute, without a call for every small part.
+
+    hidden ── norm ── q|k|v in one product ── RoPE ── attention ── product ──(+)── norm ── gate|up in one product ── …
+
+Llama, Mistral, Qwen and many others are this decoder under different names. Whether a model is one is not read from its
+name but tried: its modules must be named like this, and its logits must stay the same (`chatpage.model.check`).
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from chatpage.model.attention import Attention, AttentionCall
+from chatpage.model.batch import Batch
+
+LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+HEAD_NORMS = {"q_norm", "k_norm"}
+GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+class NotUsual(Exception):
+    """The model is not the usual decoder."""
+
+
+class FusedModel:
+    """Computes what a usual decoder computes. It shares the model's weights, and leaves the model as it is.
+
+    Args:
+        module: the model.
+        calls: how each layer asks for attention.
+
+    Raises:
+        NotUsual: modules are missing, or there are more of them.
+    """
+
+    def __init__(self, module: PreTrainedModel, calls: Sequence[AttentionCall]) -> None:
+        decoder = module.get_decoder()
+        parts: list[Any] = [getattr(decoder, name, None) for name in ("embed_tokens", "rotary_emb", "norm", "layers")]
+        if None in parts or type(parts[0]) is not nn.Embedding:
+            raise NotUsual("It has no plain embedding, one RoPE, layers and a last norm.")
+        self._embedding, self._rotary, norm, layers = parts
+        self._norm = _Norm(norm)
+        self._head = _Product([module.get_output_embeddings()])
+        if len(layers) != len(calls):
+            raise NotUsual("Its layers do not attend once each.")
+        self._layers = [_Layer(i, layer, call) for i, (layer, call) in enumerate(zip(layers, calls, strict=True))]
+
+    def forward(self, batch: Batch, attention: Attention) -> Tensor:
+        """Logits (rows, vocabulary) of each row's last token. Called in inference mode."""
+        hidden = self._embedding(batch.token_ids)
+        rotation = self._rotation(hidden, batch.positions)
+        for layer in self._layers:
+            hidden = layer(hidden, rotation, attention)
+        return self._head(self._norm(hidden[batch.sampled]))
+
+    def _rotation(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (tokens, 1, head_size), the sines with the sign that the other half enters with."""
+        cos, sin = (part[0, :, None] for part in self._rotary(hidden[None], positions[None]))
+        first, second = sin.chunk(2, dim=-1)
+        return cos, torch.cat([-first, second], dim=-1)
+
+
+class _Layer:
+    """Attention and a feed-forward part, each behind a norm and added to what came in."""
+
+    def __init__(self, index: int, layer: Any, call: AttentionCall) -> None:
+        _require_children(layer, LAYER)
+        attention, self._mlp = layer.self_attn, layer.mlp
+        has_norms = _require_children(attention, ATTENTION, optional=HEAD_NORMS)
+        self._index, self._call = index, call
+        self._size: int = attention.head_dim
+        self._heads = attention.q_proj.out_features // self._size
+        self._rotated = self._heads + attention.k_proj.out_features // self._size
+        self._before, self._between = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
+        self._query_norm = _Norm(attention.q_norm) if has_norms else None
+        self._key_norm = _Norm(attention.k_norm) if has_norms else None
+        self._in = _Product([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._out = _Product([attention.o_proj])
+        if {name for name, _ in self._mlp.named_children()} == GATED:
+            self._mlp = _GatedProduct(self._mlp)
+
+    def __call__(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        """(tokens, hidden_size) to the same."""
+        hidden = hidden + self._out(self._attend(self._before(hidden), rotation, attention))
+        return hidden + self._mlp(self._between(hidden))
+
+    def _attend(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        heads = self._in(hidden).view(hidden.shape[0], -1, self._size)
+        value = heads[:, self._rotated :]
+        query, key = self._rotate(heads, rotation)
+        call = self._call
+        answer = attention.attend(
+            self._index,
+            query,
+            key,
+            value,
+            scaling=call.scaling,
+            window=call.window,
+            softcap=call.softcap,
+            sinks=call.sinks,
+        )
+        return answer.flatten(1)
+
+    def _rotate(self, heads: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries and keys with their positions: each half of a head turned against the other."""
+        turned = heads[:, : self._rotated]
+        if self._query_norm is not None and self._key_norm is not None:
+            query, key = turned[:, : self._heads], turned[:, self._heads :]
+            turned = torch.cat([self._query_norm(query), self._key_norm(key)], dim=1)
+        cos, sin = rotation
+        turned = torch.addcmul(turned * cos, turned.roll(self._size // 2, dims=-1), sin)
+        return turned[:, : self._heads], turned[:, self._heads :]
+
+
+class _GatedProduct:
+    """The feed-forward part: one product for gate and up."""
+
+    def __init__(self, mlp: Any) -> None:
+        self._activation = mlp.act_fn
+        self._in, self._out = _Product([mlp.gate_proj, mlp.up_proj]), _Product([mlp.down_proj])
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        gate, up = self._in(hidden).chunk(2, dim=-1)
+        return self._out(self._activation(gate) * up)
+
+
+class _Product:
+    """Some linear layers side by side as one. They keep their weights, which are parts of the large one now."""
+
+    @torch.no_grad()
+    def __init__(self, linears: list[Any]) -> None:
+        if any(type(linear) is not nn.Linear for linear in linears):
+            raise NotUsual("Some of its products are not plain linear layers.")
+        self._weight = _joined([linear.weight for linear in linears])
+        biases = [linear.bias for linear in linears]
+        if any((bias is None) != (biases[0] is None) for bias in biases):
+            raise NotUsual("Only some of its products have a bias.")
+        self._bias = None if biases[0] is None else _joined(biases)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self._weight, self._bias)
+
+
+class _Norm:
+    """Root mean square normalisation."""
+
+    def __init__(self, norm: Any) -> None:
+        self._weight: Tensor = norm.weight
+        self._epsilon: float = getattr(norm, "variance_epsilon", None) or norm.eps
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden, self._weight.shape, self._weight, self._epsilon)
+
+
+def _joined(weights: list[nn.Parameter]) -> Tensor:
+    """All of them in one tensor, of which each is a part from now on: no weight is kept twice."""
+    if len(weights) == 1:
+        return weights[0].data
+    joined = torch.cat([weight.data for weight in weights])
+    for weight, part in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
+        weight.data = part
+    return joined
+
+
+def _require_children(module: nn.Module, names: set[str], *, optional: Iterable[str] = ()) -> bool:
+    """Whether it has the optional modules beside those that it must have. It may have no others, nor own parameters."""
+    found = {name for name, _ in module.named_children()}
+    if found not in (names, names | set(optional)) or next(module.parameters(recurse=False), None) is not None:
+        raise NotUsual(f"{type(module).__name__} has {', '.join(sorted(found))}.")
+    return found != names
