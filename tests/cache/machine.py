@@ -1,5 +1,6 @@
 """Random operations on a small pool, checked against the naive model after every one of them."""
 
+from collections import Counter
 from collections.abc import Callable, Hashable
 from random import Random
 from typing import Any
@@ -364,9 +365,17 @@ class CacheMachine(RuleBasedStateMachine):
 # -- the same without Hypothesis: it cannot make a failure small, but walks several times as far in the same time ------
 
 
-def walk(seed: int, steps: int = 60) -> None:
-    """A random walk of the machine, checked after every step; the seed is all that makes it."""
+def walk(seed: int, steps: int = 60, counts: Counter[str] | None = None) -> int:
+    """A random walk of the machine, checked after every step; the seed is all that makes it.
+
+    Args:
+        counts: how often each rule ran is added to it.
+
+    Returns:
+        How many operations were checked.
+    """
     random = Random(seed)
+    counts = Counter() if counts is None else counts
 
     def tokens(most: int = 9) -> list[int]:
         return random.choices([0, 1, 2], [3, 1, 1], k=random.randint(1, most))
@@ -379,23 +388,25 @@ def walk(seed: int, steps: int = 60) -> None:
 
     machine = CacheMachine()
     machine.start(random.randint(6, 12), random.randint(1, 4), [tokens(7), tokens(7)])
-    rules: list[Callable[[int], Any]] = [
-        lambda _: machine.arrive(random.choice("ab"), random.randint(-2, 1), flip(), tokens(), flip()),
-        lambda _: machine.twins(random.choice("ab"), tokens()),
-        lambda who: machine.append(who, tokens(), flip()),
-        lambda _: machine.step([tokens() for _ in range(random.randint(2, MOST))]),
-        lambda who: machine.ask_too_much(who, random.randint(1, 3)),
-        lambda who: machine.fork(who, back(), tokens() if flip() else [], flip()),
-        lambda who: machine.publish(who, back()),
-        lambda who: machine.rest(who),
-        lambda who: machine.truncate(who, back()),
-        lambda who: machine.preempt_and_resume(who),
-        lambda who: machine.release(who),
-        lambda _: machine.all_leave(),
-        lambda _: machine.press(random.randint(1, 12)),
-        lambda _: machine.pin(random.randint(0, 1)),
-    ]
+    rules: dict[str, Callable[[int], Any]] = {
+        "arrive": lambda _: machine.arrive(random.choice("ab"), random.randint(-2, 1), flip(), tokens(), flip()),
+        "twins": lambda _: machine.twins(random.choice("ab"), tokens()),
+        "append": lambda who: machine.append(who, tokens(), flip()),
+        "step": lambda _: machine.step([tokens() for _ in range(random.randint(2, MOST))]),
+        "ask_too_much": lambda who: machine.ask_too_much(who, random.randint(1, 3)),
+        "fork": lambda who: machine.fork(who, back(), tokens() if flip() else [], flip()),
+        "publish": lambda who: machine.publish(who, back()),
+        "rest": lambda who: machine.rest(who),
+        "truncate": lambda who: machine.truncate(who, back()),
+        "preempt_and_resume": lambda who: machine.preempt_and_resume(who),
+        "release": lambda who: machine.release(who),
+        "all_leave": lambda _: machine.all_leave(),
+        "press": lambda _: machine.press(random.randint(1, 12)),
+        "pin": lambda _: machine.pin(random.randint(0, 1)),
+    }
     favours = [random.random() ** 2 for _ in rules]  # each walk likes some rules better than others
-    for _ in range(steps):
-        random.choices(rules, favours)[0](random.randrange(MOST))
+    for name in random.choices(list(rules), favours, k=steps):
+        rules[name](random.randrange(MOST))
         machine.all_is_well()
+        counts[f"cache {name}"] += 1
+    return steps

@@ -1,56 +1,54 @@
-"""Random arrivals, cancels and faults on a small pool; every step is checked, and every answer."""
+"""Random arrivals, ends and faults on a small pool; every step is checked against what it should have been."""
 
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
+from random import Random
+from typing import Any
 
+import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from chatpage.cache.pool import BlockPool
+from chatpage.cache.pool import PoolFull
+from chatpage.cache.prefix import SYSTEM, common_length
 from chatpage.errors import RequestError
-from chatpage.events import EventLog, Snapshot
+from chatpage.events import FREE, IDLE, USED, Event, EventLog, Snapshot
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Prompt
-from chatpage.schedule.scheduler import Scheduler, Step
+from chatpage.schedule.scheduler import PATIENCE, Scheduler, Step
 from chatpage.schedule.sequence import Sequence
 from chatpage.schedule.session import Session
-from tests.schedule.fake import ALPHABET, FakeModel, Fault, answer, pin_system, take_step
+from tests.cache.naive import deep_state
+from tests.schedule.fake import ALPHABET, FakeModel, FakePool, Oracle, compute, pin_system
 
 VISITORS = 4
 TOKENS = st.sampled_from([0, 0, 0, *range(ALPHABET)])  # so that prefixes of strangers collide all the time
+SAID = st.lists(TOKENS, min_size=1, max_size=9)
+COUNTS = st.integers(1, 8)
+WHO = st.integers(0, 15)
 
 
-@dataclass(frozen=True)
-class Arrival:
-    """A turn in a visitor's session, or a request without a session, in the visitor's domain."""
+@dataclass
+class Before:
+    """What a step has to start from."""
 
-    visitor: int
-    stays: bool
-    under_system: bool
-    goes_on: bool
-    said: list[int]
-    count: int
-
-
-ARRIVALS = st.builds(
-    Arrival,
-    visitor=st.integers(0, VISITORS - 1),
-    stays=st.sampled_from([True, True, False]),
-    under_system=st.booleans(),
-    goes_on=st.booleans(),
-    said=st.lists(TOKENS, min_size=1, max_size=9),
-    count=st.integers(1, 8),
-)
+    running: list[Sequence]
+    preempted: list[Sequence]
+    waiting: list[Sequence]
+    resting: list[Session]
+    admitted: int
+    evicted: int
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Visitors with a session or without, each in a domain of his own or all in one, under a system prompt or none."""
 
-    sequences = Bundle("sequences")
-
     @initialize(
-        num_blocks=st.integers(5, 16),
+        num_blocks=st.integers(4, 12),
         block_size=st.integers(1, 4),
-        max_sequences=st.integers(1, 4),
+        max_sequences=st.integers(1, 6),
         max_step_tokens=st.integers(1, 12),
         system=st.lists(TOKENS, max_size=9),
         alone=st.booleans(),
@@ -64,32 +62,85 @@ class SchedulerMachine(RuleBasedStateMachine):
         system: list[int],
         alone: bool,
     ) -> None:
-        events = EventLog()
-        self.pool = BlockPool(num_blocks, block_size, events)
-        self.view = Snapshot.empty(events, block_size=block_size, num_blocks=num_blocks)
-        events.listeners.append(self.view.apply)
+        self.events = EventLog()
+        self.pool = FakePool(num_blocks, block_size, self.events)
+        self.view = Snapshot.empty(self.events, block_size=block_size, num_blocks=num_blocks)
+        self.heard: list[Event] = []
+        self.kept = [deepcopy(self.view)]
+        self.events.listeners.append(self.hear)
         self.scheduler = Scheduler(self.pool, max_sequences=max_sequences, max_step_tokens=max_step_tokens)
         self.model = FakeModel(self.pool)
+        self.known: dict[int, Sequence] = {}
+        self.domain: dict[int, Hashable] = {}  # of each published block
+        self.oracles: dict[int, Oracle] = {}
+        self.right: dict[int, int] = {}  # how many tokens of each sequence were found to be right
+        self.limits: dict[int, int] = {}
+        self.cut: set[int] = set()  # ended early, because an allocation was made to fail
+        self.admitted = 0  # new ones, as the machine counts them
+        self.served: dict[Session, int] = {}
+        self.overtaken: Counter[int] = Counter()  # how many new ones were admitted while each could have been
+        self.ahead: dict[int, int] = {}  # how many waited when it arrived
+        self.era = 0  # ends whenever a block is lost that somebody might have found
+        self.entered: dict[int, int] = {}  # the era in which each sequence was started last
+        self.computed: set[tuple[Any, ...]] = set()  # whole blocks of prompts, in this era
+        self.checked = 0  # operations
+        self.domains = ["a", "b", "c", "d"] if alone else ["all"]
+        self.sessions = 0
         self.system = tuple(system[: (num_blocks - 2) * block_size])
         if self.system:
             pin_system(self.scheduler, self.model, self.system)
-        self.alone = alone
-        self.sessions = 0
+            self.admitted = 1
         self.visitors = [self.session(n) for n in range(VISITORS)]
-        self.limits: dict[int, int] = {}
-        self.known: list[Sequence] = []
 
-    # -- what others ask of the scheduler -------------------------------------------------------------------------
+    # -- events, heard as they come -------------------------------------------------------------------------------
 
-    @rule(target=sequences, arrivals=st.lists(ARRIVALS, min_size=1, max_size=4))
-    def submit(self, arrivals: list[Arrival]) -> object:
-        return multiple(*filter(None, map(self.submit_one, arrivals)))
+    def hear(self, event: Event) -> None:
+        self.view.apply(event)
+        self.heard.append(event)
+        kind, block = event.kind, event.block
+        if kind == "publish" and (sequence := self.known.get(event.sequence)):
+            start = sequence.table.blocks.index(block) * self.pool.block_size
+            end = start + event.fill
+            self.domain[block] = SYSTEM if end <= sequence.system_tokens else sequence.table.domain
+            states = self.oracles[sequence.id].states(sequence.tokens[:end])
+            assert self.model.slots[block][: event.fill] == states[start:], (
+                f"block {block} is not what it is said to be"
+            )
+        elif kind == "publish":
+            self.domain[block] = SYSTEM  # only system prompts are computed before anybody is known
+        elif kind == "share":
+            self.check_isolation(self.known[event.sequence], block, event.at)
+        elif kind in ("unpublish", "evict"):
+            del self.domain[block]
+        is_tail = event.reason == "written by its sole holder" and self.pool.fill[block] < self.pool.block_size
+        if kind in ("evict", "preempt") or (kind == "unpublish" and not is_tail):
+            self.era += 1
+            self.computed.clear()
 
-    def submit_one(self, arrival: Arrival) -> Sequence | None:
-        session = self.visitors[arrival.visitor] if arrival.stays else self.session(arrival.visitor, keeps=False)
-        if session.active:  # the engine refuses a second turn of a session
+    def check_isolation(self, sequence: Sequence, block: int, at: int) -> None:
+        domain = self.domain[block]
+        if domain != sequence.table.domain:
+            assert domain == SYSTEM, f"{sequence.table.domain} found a block of {domain}"
+            assert at <= sequence.system_tokens, f"token {at} found behind a prompt of {sequence.system_tokens}"
+
+    # -- who comes ------------------------------------------------------------------------------------------------
+
+    def session(self, visitor: int, *, keeps: bool = True) -> Session:
+        self.sessions += 1
+        return Session(self.sessions, self.domains[visitor % len(self.domains)], keeps=keeps)
+
+    def pick(self, who: int, among: list[Sequence]) -> Sequence | None:
+        return among[who % len(among)] if among else None
+
+    def live(self) -> list[Sequence]:
+        return [*self.scheduler.running, *self.scheduler.preempted, *self.scheduler.waiting]
+
+    def rested(self) -> list[Sequence]:
+        return [session.resting for session in self.scheduler.resting if session.resting]
+
+    def submit(self, session: Session, prompt: Prompt, count: int) -> Sequence | None:
+        if session.keeps and session.active:  # the engine refuses a second turn of a session
             return None
-        prompt = self.prompt(session.resting if arrival.goes_on else None, arrival)
         fits = self.fits(len(prompt.tokens) + 1, prompt.system_tokens)
         try:
             self.scheduler.require_room(prompt)
@@ -97,30 +148,120 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not fits
             return None
         assert fits
+        least = min((s.session.served for s in self.live()), default=0)
+        lifted = session.served if session.active else max(session.served, least)
         sequence = self.scheduler.submit(session, prompt, SamplingParams())
-        self.limits[sequence.id] = len(prompt.tokens) + arrival.count
-        self.known.append(sequence)
+        assert session.served == lifted, "having been away earns credit"
+        self.served[session] = lifted
+        self.known[sequence.id] = sequence
+        self.oracles[sequence.id] = Oracle()
+        self.right[sequence.id] = len(prompt.tokens)
+        self.limits[sequence.id] = len(prompt.tokens) + count
+        self.ahead[sequence.id] = len(self.scheduler.waiting)
         return sequence
 
-    def prompt(self, last: Sequence | None, arrival: Arrival) -> Prompt:
-        """What goes on from the session's last turn, or begins anew."""
-        if last is not None:
-            return Prompt((*last.tokens, *arrival.said), last.system_tokens)
-        system = self.system if arrival.under_system else ()
-        return Prompt((*system, *arrival.said), len(system))
+    @rule(visitor=WHO, stays=st.booleans(), under_system=st.booleans(), said=SAID, count=COUNTS)
+    def arrive(self, visitor: int, stays: bool, under_system: bool, said: list[int], count: int) -> None:
+        """A first turn, or one that begins anew."""
+        session = self.visitors[visitor % VISITORS] if stays else self.session(visitor, keeps=False)
+        system = self.system if under_system else ()
+        self.submit(session, Prompt((*system, *said), len(system)), count)
 
-    def session(self, domain: int, *, keeps: bool = True) -> Session:
-        self.sessions += 1
-        return Session(self.sessions, domain if self.alone else "all", keeps=keeps)
+    @rule(visitor=WHO, said=SAID, count=COUNTS, regrets=st.booleans(), fails=st.booleans())
+    def go_on(self, visitor: int, said: list[int], count: int, regrets: bool, fails: bool) -> None:
+        """The next turn of a session whose table rests; or it ends before it began, and that table rests as before."""
+        session = self.visitors[visitor % VISITORS]
+        if last := session.resting:
+            sequence = self.submit(session, Prompt((*last.tokens, *said), last.system_tokens), count)
+            if sequence and regrets:
+                (self.scheduler.fail if fails else self.scheduler.end)(sequence, "ended early")
+                assert session.resting is last
 
-    @rule(sequence=sequences)
-    def cancel(self, sequence: Sequence) -> None:
+    @rule(who=WHO, visitor=WHO, back=st.integers(0, 12), said=st.lists(TOKENS, max_size=9), count=COUNTS)
+    def fork(self, who: int, visitor: int, back: int, said: list[int], count: int) -> None:
+        """An edit, a branch or a second answer: the head of a turn that runs, waits or rests, and then others."""
+        origin = self.pick(who, self.live() + self.rested())
+        if origin is None:
+            return
+        tokens = (*origin.tokens[: max(0, len(origin.tokens) - back)], *said)
+        if not tokens:
+            return
+        known = min(origin.system_tokens, len(origin.tokens) - back, len(tokens))
+        session = self.visitors[visitor % VISITORS]
+        if visitor % 2:  # of the same visitor, beside his session
+            session = self.session(visitor, keeps=False)
+            session.domain = origin.table.domain
+        self.submit(session, Prompt(tokens, max(0, known)), count)
+
+    @rule(visitor=WHO, number=st.integers(2, 4), said=SAID, count=COUNTS, same=st.booleans(), known=st.booleans())
+    def twins(self, visitor: int, number: int, said: list[int], count: int, same: bool, known: bool) -> None:
+        """The same question several times at once, of one visitor or of several, some under a prompt of their own."""
+        for i in range(number):
+            session = self.session(visitor if same else visitor + i, keeps=False)
+            self.submit(session, Prompt((*self.system, *said), len(self.system) if known or i % 2 else 0), count)
+
+    @rule(rounds=st.integers(1, 20), said=TOKENS)
+    def flood(self, rounds: int, said: int) -> None:
+        """Small newcomers, one after the other, as long as it lasts."""
+        for _ in range(rounds):
+            self.submit(self.session(self.sessions, keeps=False), Prompt((said,)), 1)
+            self.take_step()
+
+    # -- who goes -------------------------------------------------------------------------------------------------
+
+    @rule(who=WHO)
+    def cancel(self, who: int) -> None:
+        if sequence := self.pick(who, self.live()):
+            computed, is_findable = sequence.computed, sequence.table.is_findable
+            self.scheduler.end(sequence, "abort")
+            found = sum(length for _, length in sequence.table.matches(sequence.tokens[:computed]))
+            assert found == computed or not is_findable, f"of {computed} tokens only {found} can be found"
+            self.check_rest(sequence, computed)
+            self.end_again(sequence)
+
+    def check_rest(self, sequence: Sequence, computed: int) -> None:
+        """A session's table rests after its turn, if there is anything in it."""
+        rests = sequence.session.keeps and computed > 0
+        assert sequence.state == ("resting" if rests else "done")
+        assert sequence.table.length == (computed if rests else 0)
+
+    def end_again(self, sequence: Sequence) -> None:
+        """The end comes once, however often it is called for."""
+        seen = self.events.seq
         self.scheduler.end(sequence, "abort")
-        self.scheduler.end(sequence, "abort")
+        assert self.scheduler.fail(sequence, "error") == []
+        assert self.events.seq == seen
 
-    @rule(visitor=st.integers(0, VISITORS - 1))
+    @rule(who=WHO)
+    def fail(self, who: int) -> None:
+        """A turn fails between two steps."""
+        if sequence := self.pick(who, self.live()):
+            self.model.spoil(sequence)
+            self.fail_one(sequence)
+            self.end_again(sequence)
+
+    def fail_one(self, sequence: Sequence) -> None:
+        """Nothing that it held, the pinned blocks apart, may be found or held by anybody."""
+        suspects = set(sequence.table.blocks) - self.pool.pinned
+        others = {s.id: list(s.table.blocks) for s in self.scheduler.running if s is not sequence}
+        rested = {s.id: list(s.table.blocks) for s in self.rested()}
+        served = sequence.session.served
+        returned = self.scheduler.fail(sequence, "error")
+        for block in suspects:
+            assert self.pool.node[block] is None, f"block {block} of a failed turn can be found"
+            assert self.pool.ref[block] == 0, f"block {block} of a failed turn is held"
+        assert (sequence.state, sequence.table.blocks, sequence.session.served) == ("done", [], served)
+        hit = {number for number, blocks in others.items() if suspects.intersection(blocks)}
+        assert {s.id for s in returned} == hit, "not those are preempted who held one of its blocks"
+        assert {s.id for s in self.scheduler.running} == set(others) - hit
+        assert all(s.state == "preempted" and not s.table.blocks for s in returned)
+        assert all(self.known[number].table.blocks == others[number] for number in set(others) - hit)
+        lost = {number for number, blocks in rested.items() if suspects.intersection(blocks)}
+        assert {s.id for s in self.rested()} == set(rested) - lost, "not those were woken who held one of its blocks"
+
+    @rule(visitor=WHO)
     def close(self, visitor: int) -> None:
-        session = self.visitors[visitor]
+        session = self.visitors[visitor % VISITORS]
         for sequence in self.live():
             if sequence.session is session:
                 self.scheduler.end(sequence, "abort")
@@ -128,30 +269,118 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert session.resting is None
         assert session.active == 0
 
-    @rule(steps=st.integers(1, 12), fault=st.sampled_from(["none"] * 6 + ["one row", "whole step"]))
-    def step(self, steps: int, fault: Fault) -> None:
-        for _ in range(steps):
-            self.take_step(fault)
-            fault = "none"
+    @rule(number=st.integers(1, VISITORS))
+    def expire(self, number: int) -> None:
+        """The tables that rest longest are given back; what is written in them stays findable."""
+        for session in list(self.scheduler.resting)[:number]:
+            last = session.resting
+            assert last is not None
+            self.scheduler.wake(session, "the session expired")
+            assert (session.resting, last.state, last.table.blocks) == (None, "done", [])
+
+    @rule(visitor=WHO, domain=st.sampled_from("abcd"), keeps=st.booleans())
+    def change_domain(self, visitor: int, domain: str, keeps: bool) -> None:
+        """Of a visitor between two turns; or he leaves, and another comes in his place."""
+        session = self.visitors[visitor % VISITORS]
+        if session.active:
+            return
+        if not keeps:
+            self.close(visitor)
+            session = self.visitors[visitor % VISITORS] = self.session(visitor)
+        session.domain = domain
 
     # -- one step -------------------------------------------------------------------------------------------------
 
-    def live(self) -> list[Sequence]:
-        return [*self.scheduler.running, *self.scheduler.preempted, *self.scheduler.waiting]
+    @rule(steps=st.integers(1, 12))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            self.take_step()
+
+    @rule(broken=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, -1]))
+    def break_step(self, broken: int) -> None:
+        """One row fails, several, or the whole step."""
+        self.take_step(broken)
+
+    @rule(fail_in=st.integers(1, 4), broken=st.sampled_from([0, 0, 0, 1, -1]))
+    def starve_step(self, fail_in: int, broken: int) -> None:
+        """An allocation of this step fails, wherever it is."""
+        self.pool.fail_in = fail_in
+        self.take_step(broken)
+        self.pool.fail_in = 0
+
+    @rule(who=WHO)
+    def starve_one(self, who: int) -> None:
+        """The next allocation fails for one that would be started, or for one that runs."""
+        others = self.scheduler.preempted + self.scheduler.waiting
+        if sequence := self.pick(who // 2, others if who % 2 else self.scheduler.running):
+            self.pool.fail_for = sequence.id
+            for _ in range(8):
+                if self.pool.fail_for:
+                    self.take_step()
+            self.pool.fail_for = 0
+
+    @rule()
+    def stop_in_step(self) -> None:
+        """All are ended between the copies of a step and its writes: what was not written is not found."""
+        waiting = list(self.scheduler.waiting)
+        self.model.copy(self.scheduler.schedule().copies)
+        self.admitted += sum(s.cached is not None for s in waiting)
+        for sequence in self.live():
+            self.scheduler.end(sequence, "abort")
+
+    @rule(who=WHO, more=st.integers(1, 5), is_genuine=st.booleans())
+    def refuse(self, who: int, more: int, is_genuine: bool) -> None:
+        """An allocation that fails leaves no trace."""
+        if sequence := self.pick(who, self.scheduler.running):
+            size = self.pool.block_size
+            count = (self.pool.available + 1) * size if is_genuine else more * size
+            before = deep_state(self.pool, self.known.values())
+            self.pool.fail_in = 0 if is_genuine else 1
+            with pytest.raises(PoolFull):
+                sequence.table.append(count)
+            assert deep_state(self.pool, self.known.values()) == before, "a failed allocation left a trace"
+
+    def take_step(self, broken: int = 0) -> None:
+        scheduler, failed = self.scheduler, self.pool.failed
+        before = Before(
+            list(scheduler.running),
+            list(scheduler.preempted),
+            list(scheduler.waiting),
+            list(scheduler.resting),
+            self.admitted,
+            self.view.counters["evicted"],
+        )
+        had_work = scheduler.has_work
+        step = scheduler.schedule()
+        chosen = [chunk.sequence for chunk in step.chunks]
+        self.admitted += sum(s.cached is not None for s in before.waiting)
+        for sequence in chosen:
+            if sequence not in before.running:
+                self.entered[sequence.id] = self.era
+        self.check_step(step)
+        if self.pool.failed == failed:
+            oldest = next(iter(before.running), None)
+            assert bool(chosen or step.exhausted) == had_work, "an empty step although there is work"
+            assert oldest is None or oldest in chosen or oldest in step.exhausted, "the oldest makes no progress"
+            self.check_running(before, step)
+            self.check_admissions(before, step)
+        else:
+            self.cut.update(s.id for s in step.exhausted)
+            assert chosen or step.exhausted or step.preempted
+        era = self.era
+        compute(step, scheduler, self.model, self.limits, broken, self.fail_one)
+        self.count_served(step)
+        for sequence in chosen:
+            if sequence.state in ("resting", "done") and len(sequence.tokens) == self.limits[sequence.id]:
+                self.check_rest(sequence, sequence.computed)
+        if era == self.era:
+            self.check_computed_once(step)
+        self.all_is_well()
 
     def fits(self, tokens: int, system_tokens: int) -> bool:
         """Whether a sequence of that length could be in the pool if nobody else were."""
         size = self.pool.block_size
         return -(-tokens // size) - system_tokens // size <= self.pool.num_blocks - len(self.pool.pinned)
-
-    def take_step(self, fault: Fault) -> None:
-        oldest = next(iter(self.scheduler.running), None)
-        had_work = self.scheduler.has_work
-        step = take_step(self.scheduler, self.model, self.limits, fault)
-        chosen = [chunk.sequence for chunk in step.chunks]
-        assert bool(chosen or step.exhausted) == had_work, "an empty step although there is work"
-        assert oldest is None or oldest in chosen or oldest in step.exhausted, "the oldest makes no progress"
-        self.check_step(step)
 
     def check_step(self, step: Step) -> None:
         assert sum(chunk.count for chunk in step.chunks) <= self.scheduler.max_step_tokens
@@ -159,70 +388,269 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(set(ids)) == len(ids), f"one sequence has two chunks in a step: {ids}"
         for chunk in step.chunks:
             assert chunk.count > 0
-            assert chunk.stores or chunk.count == 1
-        for sequence in step.exhausted:
-            assert not self.fits(len(sequence.tokens), sequence.system_tokens), "ended although it fits"
+            assert chunk.sequence.is_running
+            assert chunk.start + chunk.count <= len(chunk.sequence.tokens)
+            assert chunk.start == chunk.sequence.computed - (not chunk.stores), "tokens are left out, or run twice"
+            assert chunk.stores or (chunk.count == 1 and chunk.reaches_end)
+        if self.pool.failed == 0 or not step.exhausted:
+            for sequence in step.exhausted:
+                assert not self.fits(len(sequence.tokens), sequence.system_tokens), "ended although it fits"
+
+    def check_running(self, before: Before, step: Step) -> None:
+        """All who run are in the step, oldest first, but for the newest, whose blocks others need."""
+        kept = [s for s in before.running if s not in step.preempted and s not in step.exhausted]
+        chosen = [chunk.sequence for chunk in step.chunks if chunk.sequence in before.running]
+        assert chosen == kept[: len(chosen)], "not the oldest first"
+        if chosen != kept:
+            assert sum(c.count for c in step.chunks) == self.scheduler.max_step_tokens, "left out without a reason"
+        for victim in step.preempted:
+            assert victim in before.running
+            assert all(s.id < victim.id for s in chosen), "an older one is preempted for a newer one"
+        assert not (step.preempted and self.scheduler.resting), "preempted while tables rest"
+        woken = {chunk.sequence.session for chunk in step.chunks}
+        left = list(self.scheduler.resting)
+        others = [session for session in before.resting if session not in woken]
+        assert left == others[len(others) - len(left) :], "not the longest rested first"
+
+    # -- admission, as it should be -------------------------------------------------------------------------------
+
+    def check_admissions(self, before: Before, step: Step) -> None:
+        """Who was started, in which order, and why nobody else."""
+        started = [chunk for chunk in step.chunks if chunk.sequence not in before.running]
+        if step.preempted:
+            assert not started, "somebody starts in a step in which somebody lost his blocks"
+            return
+        new = [chunk.sequence for chunk in started if chunk.sequence in before.waiting]
+        assert not (new and self.scheduler.preempted), "a new one before all that were preempted are back"
+        places = self.scheduler.max_sequences - len(before.running)
+        budget = self.scheduler.max_step_tokens - sum(c.count for c in step.chunks if c not in started)
+        admitted = [before.admitted]
+        for candidate in self.in_order(before, admitted):
+            if not places or not budget:
+                break
+            places -= 1
+            if started and started[0].sequence is candidate:
+                budget -= started.pop(0).count
+                admitted[0] += candidate in before.waiting
+            elif not self.waits_for_block(candidate, before):
+                assert not self.has_room(candidate), f"{candidate.id} is not started, and nothing is in its way"
+                assert not self.scheduler.resting, f"{candidate.id} is not started, although tables rest"
+                break
+        assert not started, f"{[chunk.sequence.id for chunk in started]} started out of turn"
+        self.check_patience(before, new)
+
+    def in_order(self, before: Before, admitted: list[int]) -> Iterator[Sequence]:
+        """The preempted ones by arrival; then new ones by what was served, every eighth by arrival."""
+        yield from before.preempted
+        if self.scheduler.preempted:
+            return
+        left = list(before.waiting)
+        while left:
+            by_arrival = admitted[0] % PATIENCE == PATIENCE - 1
+            chosen = min(left, key=lambda s: s.id if by_arrival else (s.session.served, s.id))
+            left.remove(chosen)
+            yield chosen
+
+    def waits_for_block(self, sequence: Sequence, before: Before | None = None) -> bool:
+        """Whether somebody who runs computes a whole block that it needs too, and could find."""
+        size = self.pool.block_size
+        found = sum(length for _, length in sequence.table.matches(sequence.tokens))
+        is_known = before is None or self.view.counters["evicted"] > before.evicted or sequence.awaits is None
+        for other in self.scheduler.running:
+            if (other.table.domain, other.system_tokens) != (sequence.table.domain, sequence.system_tokens):
+                continue
+            common = common_length(other.tokens, sequence.tokens) // size * size
+            end = found // size * size + size
+            if other.computed < common and (is_known or other.computed < end <= common):
+                return True
+        return False
+
+    def has_room(self, sequence: Sequence) -> bool:
+        """Whether its first chunk has room beside all who run."""
+        pool, size = self.pool, self.pool.block_size
+        matches = sequence.table.matches(sequence.tokens)
+        found = sum(length for _, length in matches)
+        end = min(len(sequence.tokens), found + self.scheduler.max_step_tokens)
+        idle = [node.block for node, _ in matches if not pool.ref[node.block] and node.block not in pool.pinned]
+        copies = end > found and found % size != 0 and matches[-1][0].block not in idle
+        return pool.available - len(idle) >= -(-end // size) - len(matches) + copies
+
+    def check_patience(self, before: Before, new: list[Sequence]) -> None:
+        """Nobody waits for ever while newcomers keep coming."""
+        for sequence in self.scheduler.waiting:
+            if new and not self.waits_for_block(sequence):
+                self.overtaken[sequence.id] += len(new)
+                most = PATIENCE * self.ahead[sequence.id]
+                assert self.overtaken[sequence.id] <= most, f"{sequence.id} was overtaken more than {most} times"
+
+    # -- what was computed ----------------------------------------------------------------------------------------
+
+    def count_served(self, step: Step) -> None:
+        for chunk in step.chunks:
+            survived = chunk.sequence.state in ("prefill", "decode") or len(chunk.sequence.tokens) == self.limits.get(
+                chunk.sequence.id
+            )
+            if survived and chunk.stores and chunk.sequence.state != "preempted":
+                self.served[chunk.sequence.session] += chunk.count
+        for session, served in self.served.items():
+            assert session.served == served, f"session {session.id} was served {served}, not {session.served}"
+
+    def check_computed_once(self, step: Step) -> None:
+        """A whole block of a prompt is computed by one of those who may share it, and found by the others.
+
+        That holds for those who were started since a block was last lost.
+        """
+        size = self.pool.block_size
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            is_lost = sequence.state == "done" and len(sequence.tokens) != self.limits[sequence.id]
+            if is_lost or not chunk.stores or self.entered[sequence.id] != self.era:
+                continue
+            last = min(chunk.start + chunk.count, sequence.prompt_length)
+            for end in range(chunk.start // size * size + size, last + 1, size):
+                key = (sequence.table.domain, sequence.system_tokens, tuple(sequence.tokens[:end]))
+                assert key not in self.computed, f"{sequence.id} computes tokens {end - size} to {end} a second time"
+                self.computed.add(key)
+
+    # -- snapshots ------------------------------------------------------------------------------------------------
+
+    @rule()
+    def keep_snapshot(self) -> None:
+        self.kept.append(deepcopy(self.view))
+
+    @rule(which=WHO)
+    def replay(self, which: int) -> None:
+        """The events since any snapshot make it what is there now."""
+        snapshot = deepcopy(self.kept[which % len(self.kept)])
+        snapshot.apply_all(self.heard[snapshot.seq :])
+        assert snapshot == self.view
 
     # -- after every operation ------------------------------------------------------------------------------------
 
     @invariant()
-    def pool_and_tables_are_sound(self) -> None:
+    def all_is_well(self) -> None:
+        self.checked += 1
         self.pool.check(self.scheduler.tables())
-        assert list(self.view.ref) == self.pool.ref
-        assert list(self.view.fill) == self.pool.fill
+        self.answers_are_right()
+        self.everybody_is_where_his_state_says()
+        self.replayed_events_give_the_state()
 
-    @invariant()
     def answers_are_right(self) -> None:
-        for sequence in self.known:
-            prompt = sequence.tokens[: sequence.prompt_length]
-            assert sequence.tokens[sequence.prompt_length :] == answer(prompt, sequence.generated)
+        for number, sequence in self.known.items():
+            tokens, oracle = sequence.tokens, self.oracles[number]
+            for at in range(self.right[number], len(tokens)):
+                assert tokens[at] == oracle.next(tokens[:at]), f"token {at} of sequence {number} is wrong"
+            self.right[number] = len(tokens)
 
-    @invariant()
     def everybody_is_where_his_state_says(self) -> None:
         scheduler = self.scheduler
         assert len(scheduler.running) <= scheduler.max_sequences
-        for queue in (scheduler.running, scheduler.preempted):
+        for queue in (scheduler.running, scheduler.preempted, scheduler.waiting):
             assert [s.id for s in queue] == sorted(s.id for s in queue), "not oldest first"
-        assert all(s.state in ("prefill", "decode", "queued") for s in scheduler.running)
+        for s in scheduler.running:
+            assert s.is_running
+            assert s.computed == s.table.length <= len(s.tokens), "slots that nothing was written in"
         assert all((s.state, s.table.blocks, s.computed) == ("preempted", [], 0) for s in scheduler.preempted)
         assert all((s.state, s.table.blocks) == ("queued", []) for s in scheduler.waiting)
         for session in scheduler.resting:
             assert session.keeps
             assert session.resting is not None
             assert session.resting.state == "resting"
+        live = Counter(s.session for s in self.live())
+        busy = {s.session for s in scheduler.running}
         for session in self.visitors:
-            assert session.active == sum(s.session is session for s in self.live())
+            assert session.active == live[session]
             assert (session.resting is not None) == (session in scheduler.resting)
-            runs = any(s.session is session for s in scheduler.running)
-            assert not (runs and session.resting), "the last turn's table rests although the next one runs"
+            assert not (session in busy and session.resting), "the last turn's table rests although the next one runs"
 
-    @invariant()
-    def the_view_knows_who_is_there(self) -> None:
-        shown = {n for session in self.view.sessions.values() for n in session.sequences}
-        rested = {s.resting.id for s in self.scheduler.resting if s.resting}
-        assert shown == {s.id for s in self.live()} | rested
+    def replayed_events_give_the_state(self) -> None:
+        view, pool = self.view, self.pool
+        states = [FREE] * (pool.num_blocks + 1)
+        for block in range(1, pool.num_blocks + 1):
+            used = pool.ref[block] or block in pool.pinned
+            states[block] = USED if used else IDLE if pool.node[block] else FREE
+        assert (list(view.ref), list(view.fill), list(view.state)) == (pool.ref, pool.fill, states)
+        there = {s.id: s for s in (*self.live(), *self.rested())}
+        shown = {s.id: (s.table, s.tokens) for session in view.sessions.values() for s in session.sequences.values()}
+        assert shown == {number: (s.table.blocks, s.table.length) for number, s in there.items()}
+        latest = {s.session.id: s.state for s in (*self.rested(), *self.live())}
+        assert {session.id: session.state for session in view.sessions.values()} == latest
 
     # -- the end --------------------------------------------------------------------------------------------------
 
     def teardown(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.finish()
+
+    def finish(self) -> None:
         """Left to itself, everybody comes to an end; then only what can be found or is pinned is left."""
-        if not hasattr(self, "scheduler"):
-            return
-        self.finish()
-        self.answers_are_right()
+        live = self.live()
+        most = sum(self.limits[s.id] for s in live) * len(live)
+        while self.scheduler.has_work:
+            assert most, "it goes on for ever"
+            most -= 1
+            self.take_step()
+        for sequence in live:
+            is_too_long = not self.fits(len(sequence.tokens), sequence.system_tokens)
+            assert is_too_long or sequence.id in self.cut or len(sequence.tokens) == self.limits[sequence.id]
         for session in list(self.scheduler.resting):
             self.scheduler.wake(session, "closed")
         self.pool.check([])
         assert self.pool.available == self.pool.num_blocks - len(self.pool.pinned)
         assert self.view.sessions == {}
 
-    def finish(self) -> None:
-        live = self.live()
-        most = sum(self.limits[s.id] for s in live) * len(live)
-        while self.scheduler.has_work:
-            assert most, "it goes on for ever"
-            most -= 1
-            self.take_step("none")
-        for sequence in live:
-            is_too_long = not self.fits(len(sequence.tokens), sequence.system_tokens)
-            assert is_too_long or len(sequence.tokens) == self.limits[sequence.id]
+
+# -- the same without Hypothesis: it cannot make a failure small, but walks several times as far in the same time ------
+
+
+def walk(seed: int, steps: int = 60, counts: Counter[str] | None = None) -> int:
+    """A random walk of the machine, checked after every step; the seed is all that makes it.
+
+    Args:
+        counts: how often each rule ran is added to it.
+
+    Returns:
+        How many operations were checked.
+    """
+    random = Random(seed)
+    counts = Counter() if counts is None else counts
+
+    def said(least: int = 1, most: int = 9) -> list[int]:
+        return random.choices(range(ALPHABET), [3, 1, 1], k=random.randint(least, most))
+
+    def flip() -> bool:
+        return random.random() < 0.5
+
+    machine = SchedulerMachine()
+    machine.start(
+        random.randint(4, 12), random.randint(1, 4), random.randint(1, 6), random.randint(1, 12), said(0), flip()
+    )
+    rules: dict[str, Callable[[int], Any]] = {
+        "arrive": lambda who: machine.arrive(who, flip(), flip(), said(), random.randint(1, 8)),
+        "go_on": lambda who: machine.go_on(who, said(), random.randint(1, 8), random.random() < 0.2, flip()),
+        "fork": lambda who: machine.fork(
+            who, random.randint(0, 15), random.randint(0, 12), said(0), random.randint(1, 8)
+        ),
+        "twins": lambda who: machine.twins(who, random.randint(2, 4), said(), random.randint(1, 8), flip(), flip()),
+        "flood": lambda who: machine.flood(random.randint(1, 20), who % ALPHABET),
+        "cancel": lambda who: machine.cancel(who),
+        "fail": lambda who: machine.fail(who),
+        "close": lambda who: machine.close(who),
+        "expire": lambda who: machine.expire(who % VISITORS + 1),
+        "change_domain": lambda who: machine.change_domain(who, random.choice("abcd"), flip()),
+        "step": lambda who: machine.step(who % 12 + 1),
+        "break_step": lambda who: machine.break_step(random.choice([1, 2, 3, 4, 5, 6, 7, 8, -1])),
+        "starve_step": lambda who: machine.starve_step(random.randint(1, 4), random.choice([0, 0, 0, 1, -1])),
+        "starve_one": lambda who: machine.starve_one(who),
+        "stop_in_step": lambda _: machine.stop_in_step(),
+        "refuse": lambda who: machine.refuse(who, random.randint(1, 5), flip()),
+        "keep_snapshot": lambda _: machine.keep_snapshot(),
+        "replay": lambda who: machine.replay(who),
+    }
+    favours = [random.random() ** 2 for _ in rules]  # each walk likes some rules better than others
+    for name in random.choices(list(rules), favours, k=steps):
+        rules[name](random.randrange(16))
+        machine.all_is_well()
+        counts[f"schedule {name}"] += 1
+    machine.finish()
+    return machine.checked

@@ -2,7 +2,6 @@
 
 import pytest
 
-from chatpage.cache.pool import BlockPool
 from chatpage.errors import RequestError
 from chatpage.events import EventLog
 from chatpage.schedule.params import SamplingParams
@@ -10,14 +9,14 @@ from chatpage.schedule.request import Prompt
 from chatpage.schedule.scheduler import Scheduler, Step
 from chatpage.schedule.sequence import Sequence
 from chatpage.schedule.session import Session
-from tests.schedule.fake import FakeModel, answer, pin_system, take_step
+from tests.schedule.fake import WHOLE_STEP, FakeModel, FakePool, answer, pin_system, take_step
 
 
 class Desk:
     """A scheduler, its model, and somebody who submits turns to it."""
 
     def __init__(self, *, num_blocks: int = 50, block_size: int = 4, max_sequences: int = 8, budget: int = 100) -> None:
-        self.pool = BlockPool(num_blocks, block_size, EventLog())
+        self.pool = FakePool(num_blocks, block_size, EventLog())
         self.scheduler = Scheduler(self.pool, max_sequences=max_sequences, max_step_tokens=budget)
         self.model = FakeModel(self.pool)
         self.limits: dict[int, int] = {}
@@ -160,6 +159,20 @@ def test_new_arrivals_push_nobody_out() -> None:
     assert desk.step().chunks[0].sequence is waiting
 
 
+def test_an_allocation_that_fails_takes_nothing_from_those_who_are_in_the_step() -> None:
+    desk = Desk(max_sequences=1)
+    early, late = desk.submit(5), desk.submit(5)
+    early.session.served = 50
+    assert [chunk.sequence for chunk in desk.step().chunks] == [late]
+    desk.scheduler.max_sequences = 2
+    desk.pool.fail_for = early.id
+    step = desk.step()
+    assert ([chunk.sequence for chunk in step.chunks], step.preempted) == ([late], [early])
+    assert [chunk.sequence for chunk in desk.step().chunks] == [late, early]
+    desk.finish()
+    assert early.tokens[5:] == late.tokens[5:] == answer(early.tokens[:5], 5)
+
+
 @pytest.mark.parametrize(("length", "refused"), [(15, False), (16, True)])
 def test_what_can_never_fit_is_refused(length: int, refused: bool) -> None:
     """Four blocks of four: 15 tokens and one that is drawn."""
@@ -236,7 +249,7 @@ def test_the_end_comes_once() -> None:
 def test_what_a_failed_turn_wrote_last_is_not_found() -> None:
     desk = Desk()
     sequence = desk.submit(6, session=desk.session("shared"))
-    take_step(desk.scheduler, desk.model, desk.limits, "whole step")
+    take_step(desk.scheduler, desk.model, desk.limits, WHOLE_STEP)
     assert sequence.state == "done"
     assert desk.pool.available == desk.pool.free == desk.pool.num_blocks
     again = desk.submit(6, session=desk.session("shared"))

@@ -1,10 +1,110 @@
-"""The state machine, on the scheduler as it is."""
+"""The state machine: on the scheduler as it is, and on schedulers with one fault each, all of which it must find."""
 
+import inspect
+import textwrap
+from collections.abc import Iterable
+
+import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.schedule.machine import SchedulerMachine
+from chatpage.schedule import scheduler as module
+from chatpage.schedule.scheduler import Scheduler
+from tests.schedule.machine import SchedulerMachine, walk
 
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(
-    max_examples=200, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+def walks(seeds: Iterable[int]) -> int:
+    return sum(walk(seed) for seed in seeds)
+
+
+def test_walks() -> None:
+    assert walks(range(450)) > 50_000  # operations; with the cache's, some 10^5
+
+
+# -- faults: each is one line of the scheduler, wrong ------------------------------------------------------------------
+
+# name, method, what stands there, what stands there instead
+# fmt: off
+FAULTS = [
+    ("leaves what failed to be found", "fail", "self.pool.unpublish(block, reason)", "pass"),
+    ("lets those go on who hold what failed", "fail", 'self._preempt(holder, "a block that it held failed")', "pass"),
+    ("lets tables rest that hold what failed", "fail", 'self.wake(session, "a block that it held failed")', "pass"),
+    ("takes back the system prompt with what failed", "fail", " - self.pool.pinned", ""),
+    ("lets the table rest that failed", "fail", "self._leave(sequence, reason)", "self._rest(sequence, reason)"),
+    ("fails twice", "fail", 'sequence.state in ("resting", "done")', "False"),
+    ("forgets the turn before the one that failed", "fail", "self._rest_on(sequence.session, reason)", "pass"),
+    ("ends twice", "end", 'sequence.state in ("resting", "done")', "False"),
+    ("publishes slots that nothing was written in", "end", "min(sequence.computed,", "max(0,"),
+    ("keeps the end of a turn to itself", "end", "tail=True", "tail=False"),
+    ("forgets the turn before the one that ended early", "end", "self._rest_on(sequence.session, reason)", "pass"),
+    ("lets nothing rest", "end", "sequence.session.keeps and", "False and"),
+    ("counts on those who are gone", "_dequeue", "sequence.session.active -= 1", "pass"),
+    ("leaves a released table among the resting", "wake", "del self.resting[session]", "pass"),
+    ("gives credit for having been away", "submit", "session.served = max(", "max("),
+    ("has no budget", "_run", "min(budget, len(sequence.tokens) - sequence.computed)", "len(sequence.tokens)"),
+    ("writes again what was found", "_run", ", stores=False", ""),
+    ("runs the newest first", "schedule", "list(self.running)", "list(reversed(self.running))"),
+    ("starts somebody while others lose their blocks", "schedule", "if not step.preempted:", "if True:"),
+    ("publishes what failed", "finish", "not sequence.is_running or", ""),
+    ("computes what was found", "finish", "or not chunk.stores", ""),
+    ("serves for nothing", "finish", "sequence.session.served += chunk.count", "pass"),
+    ("publishes nothing", "finish", "sequence.table.publish(sequence.tokens, sequence.computed)", "pass"),
+    ("publishes a step too early", "finish", "sequence.computed)", "sequence.computed + 1)"),
+    ("preempts while tables rest", "_append", "if self._release_longest_resting():", "if False:"),
+    ("ends what would fit later", "_append", "victim is sequence and not step.chunks", "victim is sequence"),
+    ("forgets a copy", "_append", "step.copies.append(copied)", "pass"),
+    ("preempts the oldest", "_victim", "reversed(self.running)", "self.running"),
+    ("forgets who was preempted first", "_preempt", "self.preempted.sort(key=lambda s: s.id)", "pass"),
+    ("takes no blocks from the preempted", "_preempt", 'sequence.table.release("preempted")', "pass"),
+    ("believes that the preempted are computed", "_preempt", "sequence.computed = 0", "pass"),
+    ("wakes the shortest rested", "_release_longest_resting", "iter(self.resting)", "reversed(self.resting)"),
+    ("has no limit of sequences", "_admit_others", "self.max_sequences - len(self.running)", "self.max_sequences"),
+    ("overtakes those who wait for a block", "_admit_others", "places -= 1", "pass"),
+    ("pushes others out for new ones", "_admit_others", "if not self._make_room(sequence, matches):", "if False:"),
+    ("starts others before one that has no room", "_admit_others",
+     "break\n        self._admit", "continue\n        self._admit"),
+    ("starts new ones before the preempted are back", "_by_turn", "if self.preempted:", "if False:"),
+    ("does not look at what was served", "_by_turn", "(s.session.served, s.id)", "s.id"),
+    ("prefers whom it has served most", "_by_turn", "(s.session.served, s.id)", "(-s.session.served, s.id)"),
+    ("lets some wait as long as others come", "_by_turn", "self._admitted % PATIENCE == PATIENCE - 1", "False"),
+    ("loses patience at once", "_by_turn", "self._admitted % PATIENCE == PATIENCE - 1", "True"),
+    ("keeps the last table while the next turn runs", "_admit", "self.wake(", "id(str)  # ("),
+    ("runs the latest admitted last", "_admit", "self.running.sort(key=lambda s: s.id)", "pass"),
+    ("waits for ever", "_awaits_block", "other.is_running and other.computed < end", "other.computed < end"),
+    ("waits for what is there", "_awaits_block", "other.computed < end", "True"),
+    ("computes for each what is asked twice", "_must_await", "return filler is not None", "return False"),
+    ("waits for one who computes something else", "_must_await", "s.tokens[:end] == wanted and", ""),
+    ("waits for a block that is no whole one", "_must_await", " if len(wanted) == end else None", ""),
+    ("waits for one in another domain", "_share", "a.table.domain == b.table.domain and", ""),
+    ("waits for one under another system prompt", "_share", "a.system_tokens == b.system_tokens and", ""),
+    ("counts what is found as room too", "_has_room", "pool.available - revived", "pool.available"),
+    ("has no room for a copy", "_has_room", "needed += pool.ref[last] > 0 or last in pool.pinned", "pass"),
+    ("makes no room", "_make_room", "if not self._release_longest_resting():", "if True:"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("method", "right", "wrong"), [fault[1:] for fault in FAULTS], ids=[f[0] for f in FAULTS])
+def test_the_machine_finds_a_scheduler_that(
+    method: str, right: str, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = Scheduler if hasattr(Scheduler, method) else module
+    source = textwrap.dedent(inspect.getsource(getattr(owner, method)))
+    assert source.count(right) == 1, f"{method} has changed; its fault must change too"
+    defined: dict[str, object] = {}
+    exec(source.replace(right, wrong), vars(module), defined)
+    monkeypatch.setattr(owner, method, defined[method])
+    assert is_found(range(400))
+
+
+def is_found(seeds: Iterable[int]) -> bool:
+    """Whether one of the walks fails, with whatever it raises."""
+    try:
+        walks(seeds)
+    except Exception:
+        return True
+    return False
