@@ -2,16 +2,18 @@
 
 import json
 import logging
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 from chatpage.errors import RequestError
-from chatpage.schedule.params import SamplingParams
+from chatpage.schedule.params import MAX_LOGPROBS, SamplingParams, require_whole
 
 log = logging.getLogger(__name__)
 
 MAX_MESSAGES = 1024
 NEARLY_GREEDY = 0.01  # below this temperature the likeliest token wins anyway, and dividing by it overflows
+TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # Fields that would change the answer and that this version does not obey, with the values that ask for nothing.
@@ -23,28 +25,20 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "logprobs": (False,),
-    "top_logprobs": (),
-    "logit_bias": ({},),
     "response_format": ({"type": "text"},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
     "web_search_options": (),
     "reasoning_effort": (),
     "verbosity": (),
-    "min_p": (0,),
-    "repetition_penalty": (1,),
-    "min_tokens": (0,),
-    "stop_token_ids": ([],),
     "use_beam_search": (False,),
     "beam_width": (1,),
     "length_penalty": (1,),
     "early_stopping": (False,),
     "ignore_eos": (False,),
     "echo": (False,),
+    "prompt_logprobs": (),
     "add_generation_prompt": (True,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
@@ -57,16 +51,29 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_grammar": (),
     "structured_outputs": (),
 }
+# Fields that `SamplingParams` has by the same name, and checks.
+PLAIN = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "min_tokens",
+)
 USED = {
     "messages",
     "model",
     "stream",
     "stream_options",
-    "temperature",
-    "top_p",
-    "top_k",
-    "seed",
+    *PLAIN,
+    "logit_bias",
+    "logprobs",
+    "top_logprobs",
     "stop",
+    "stop_token_ids",
     "max_tokens",
     "max_completion_tokens",
 }
@@ -210,13 +217,18 @@ def _model(fields: dict[str, Any]) -> str | None:
 
 def _params(fields: dict[str, Any]) -> SamplingParams:
     """`SamplingParams` checks ranges; what OpenAI calls by other names is translated here."""
-    given = {name: fields[name] for name in ("temperature", "top_p", "top_k", "seed") if fields.get(name) is not None}
+    given = {name: fields[name] for name in PLAIN if fields.get(name) is not None}
     if given.get("top_k") == -1 and not isinstance(given["top_k"], bool):
         given["top_k"] = 0  # the other way to say: all of them
-    params = SamplingParams(**given, max_tokens=_max_tokens(fields), stop=_stop(fields.get("stop")))
-    if 0 < params.temperature < NEARLY_GREEDY:
-        return SamplingParams(**{**given, "temperature": 0}, max_tokens=params.max_tokens, stop=params.stop)
-    return params
+    params = SamplingParams(
+        **given,
+        max_tokens=_max_tokens(fields),
+        logit_bias=_logit_bias(fields.get("logit_bias")),
+        logprobs=_logprobs(fields),
+        stop=_stop(fields.get("stop")),
+        stop_token_ids=_stop_token_ids(fields.get("stop_token_ids")),
+    )
+    return replace(params, temperature=0) if 0 < params.temperature < NEARLY_GREEDY else params
 
 
 def _max_tokens(fields: dict[str, Any]) -> Any:
@@ -233,6 +245,40 @@ def _stop(value: Any) -> tuple[str, ...]:
     if not isinstance(strings, list):
         raise RequestError("stop must be a string or a list of strings.", param="stop")
     return tuple(_text(text, "stop") for text in strings)
+
+
+def _stop_token_ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise RequestError("stop_token_ids must be a list of token ids.", param="stop_token_ids")
+    return tuple(value)
+
+
+def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    """OpenAI's object from token ids, which JSON can only have as strings, to biases."""
+    if value is None:
+        return ()
+    if not isinstance(value, dict):
+        raise RequestError("logit_bias must be an object from token ids to biases.", param="logit_bias")
+    for key in value:
+        if not TOKEN_ID.fullmatch(key):
+            raise RequestError(
+                f'logit_bias has the key {key[:20]!r}; each must be a token id, like "50256".', param="logit_bias"
+            )
+    return tuple((int(key), bias) for key, bias in value.items())
+
+
+def _logprobs(fields: dict[str, Any]) -> int | None:
+    """How many alternatives are asked for; None where no log-probabilities are."""
+    top = fields.get("top_logprobs")
+    if not _boolean(fields, "logprobs", "logprobs"):
+        if top is not None:
+            raise RequestError("top_logprobs is only allowed with logprobs: true.", param="top_logprobs")
+        return None
+    if top is not None:
+        require_whole("top_logprobs", top, 0, MAX_LOGPROBS)
+    return top or 0
 
 
 def _include_usage(options: Any, stream: bool) -> bool:

@@ -6,9 +6,10 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import anyio
@@ -20,9 +21,10 @@ from starlette.types import Receive, Scope, Send
 
 from chatpage.engine import Engine
 from chatpage.errors import Unavailable
-from chatpage.schedule.request import Delta, Prompt, Request
+from chatpage.schedule.request import Delta, Logprob, Prompt, Request
 from chatpage.settings import Settings
 from chatpage.stream import Stream
+from chatpage.text.token_text import TokenTexts
 from chatpage.web.chat_request import ChatRequest, parse
 from chatpage.web.errors import Refusal, as_refusal, error_body
 
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 SESSION_HEADER = "X-ChatPage-Session"
 PING_SECONDS = 15
 STOP_SECONDS = 1  # for a stream to say good-bye when the server stops
+LOWEST_LOGPROB = -9999.0  # OpenAI's number for a token that is all but impossible; JSON has no infinity
 DONE = b"data: [DONE]\n\n"
 
 
@@ -40,11 +43,13 @@ class Answer:
 
     model: str
     include_usage: bool
+    texts: TokenTexts | None = None  # where log-probabilities were asked for
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def chunk(self, delta: dict[str, str], logprobs: Sequence[Logprob] = (), finish_reason: str | None = None) -> bytes:
+        named = self._logprobs(logprobs) if logprobs else None
+        choice = {"index": 0, "delta": delta, "logprobs": named, "finish_reason": finish_reason}
         return self._chunk([choice], {"usage": None} if self.include_usage else {})
 
     def usage_chunk(self, last: Delta) -> bytes:
@@ -53,8 +58,27 @@ class Answer:
     def whole(self, total: Delta) -> dict[str, Any]:
         """The body of an answer that is not streamed, from all its deltas as one."""
         message = {"role": "assistant", "content": total.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": total.finish_reason}
+        logprobs = self._logprobs(total.logprobs)
+        choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": total.finish_reason}
         return {**self._head("chat.completion"), "choices": [choice], "usage": usage(total)}
+
+    def _logprobs(self, logprobs: Sequence[Logprob]) -> dict[str, Any] | None:
+        """One entry for each token that was drawn, the one that ends the answer included."""
+        if self.texts is None:
+            return None
+        entries = [
+            {
+                **self._entry(drawn.token, drawn.logprob),
+                "top_logprobs": [self._entry(token, logprob) for token, logprob in drawn.top],
+            }
+            for drawn in logprobs
+        ]
+        return {"content": entries, "refusal": None}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        assert self.texts is not None
+        text, raw = self.texts.of(token)
+        return {"token": text, "logprob": max(logprob, LOWEST_LOGPROB), "bytes": None if raw is None else list(raw)}
 
     def _chunk(self, choices: list[dict[str, Any]], more: dict[str, Any]) -> bytes:
         return sse({**self._head("chat.completion.chunk"), "choices": choices, **more})
@@ -110,6 +134,10 @@ class Api:
         self.api_key = settings.api_key
         self.busy: set[str] = set()  # sessions with a turn that runs
 
+    @cached_property
+    def texts(self) -> TokenTexts:
+        return TokenTexts(self.engine.core.tokenizer)
+
     def routes(self) -> list[Route]:
         return [
             Route("/chat/completions", self.chat, methods=["POST"]),
@@ -140,9 +168,10 @@ class Api:
         body = await request.body()
         # Reading a megabyte of JSON, rendering and tokenising take long enough for others to notice.
         asked, prompt = await asyncio.to_thread(self._read, body)
+        texts = None if asked.params.logprobs is None else self.texts
         with self._opened_session(request) as session:
             stream, finish = self._submit(prompt, asked, session)
-        answer = Answer(self.engine.model_name, asked.include_usage)
+        answer = Answer(self.engine.model_name, asked.include_usage, texts)
         headers = {SESSION_HEADER: session} if session else {}
         if asked.stream:
             chunks = self._chunks(stream, answer)
@@ -205,15 +234,23 @@ class Api:
         return stream, finish
 
     async def _chunks(self, stream: Stream, answer: Answer) -> AsyncIterator[bytes]:
-        """The events of a streamed answer: a role, text as it comes, one ending or one error, and `[DONE]`."""
+        """The events of a streamed answer: a role, text as it comes, one ending or one error, and `[DONE]`.
+
+        A chunk of text brings the log-probabilities of all tokens so far: they come with their text, or before it where
+        the end of a token's text is still held back. Tokens that have no text wait for the next one that has; the last
+        of them, like the end of turn, come with the ending.
+        """
         yield answer.chunk({"role": "assistant", "content": ""})
         try:
+            logprobs: list[Logprob] = []
             async for delta in stream:
+                logprobs += delta.logprobs
                 if delta.text:
-                    yield answer.chunk({"content": delta.text})
+                    yield answer.chunk({"content": delta.text}, logprobs)
+                    logprobs = []
                 if delta.state == "done":
                     self._raise_if_failed(delta)
-                    yield answer.chunk({}, delta.finish_reason)
+                    yield answer.chunk({}, logprobs, delta.finish_reason)
                     if answer.include_usage:
                         yield answer.usage_chunk(delta)
         except Exception as error:
@@ -232,7 +269,8 @@ class Api:
         finally:
             watch.cancel()
         self._raise_if_failed(total)
-        return JSONResponse(answer.whole(total), headers=headers)
+        # A thousand tokens with twenty alternatives each take a tenth of a second to name and write.
+        return await asyncio.to_thread(lambda: JSONResponse(answer.whole(total), headers=headers))
 
     def _raise_if_failed(self, last: Delta) -> None:
         if last.finish_reason == "error":

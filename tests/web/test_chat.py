@@ -1,13 +1,17 @@
 """`/v1/chat/completions` as the `openai` client sees it."""
 
+import math
 import threading
+from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
 
 from chatpage.errors import Busy, Unavailable
-from chatpage.schedule.request import Delta
+from chatpage.schedule.params import SamplingParams
+from chatpage.schedule.request import Delta, Logprob, Request
+from tests.text.samples import byte_level
 from tests.web.conftest import SYSTEM_PROMPT, Served
 from tests.web.fake import FakeEngine
 from tests.web.server import wait_until
@@ -78,6 +82,94 @@ def test_a_stop_string_is_never_sent(served: Served):
     stopped = ask(served, stop=[stop])
     assert stopped.choices[0].message.content == text[: text.index(stop)]
     assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_penalties_and_biases_change_the_answer(served: Served):
+    plain = ask(served).choices[0].message.content
+    for wish in (
+        {"presence_penalty": -2, "frequency_penalty": -2},
+        {"extra_body": {"repetition_penalty": 5}},
+        {"logit_bias": {"40": 100}},
+    ):
+        assert ask(served, **wish).choices[0].message.content != plain
+    assert ask(served, logit_bias={"40": 100}).choices[0].message.content == served.engine.core.token_text(40) * 16
+    likeliest = ask(served, temperature=2, extra_body={"min_p": 1})
+    assert likeliest.choices[0].message.content == plain
+
+
+def test_stop_tokens(served: Served):
+    tokens = drawn(served)
+    stopped = ask(served, extra_body={"stop_token_ids": [tokens[5]]})
+    assert stopped.choices[0].finish_reason == "stop"
+    assert stopped.usage.completion_tokens == tokens.index(tokens[5]) + 1
+    later = ask(served, extra_body={"stop_token_ids": [tokens[5]], "min_tokens": 16})
+    assert (later.choices[0].finish_reason, later.usage.completion_tokens) == ("length", 16)
+
+
+def drawn(served: Served, **more) -> list[int]:
+    """The ids behind an answer."""
+    prompt = served.engine.prompt([dict(message) for message in HELLO])
+    stream = served.engine.stream(Request(prompt, SamplingParams(temperature=0, max_tokens=16, **more)))
+    return [token for delta in stream for token in delta.tokens]
+
+
+def test_log_probabilities(served: Served):
+    assert ask(served).choices[0].logprobs is None
+    assert [entry.top_logprobs for entry in ask(served, logprobs=True).choices[0].logprobs.content] == [[]] * 16
+    answer = ask(served, logprobs=True, top_logprobs=3, temperature=1, seed=5)
+    entries = answer.choices[0].logprobs.content
+    assert len(entries) == answer.usage.completion_tokens == 16
+    text = answer.choices[0].message.content
+    assert b"".join(bytes(entry.bytes) for entry in entries if entry.bytes).decode(errors="replace") == text
+    for entry in entries:
+        values = [likely.logprob for likely in entry.top_logprobs]
+        assert len(values) == 3
+        assert values == sorted(values, reverse=True)
+        assert entry.logprob <= values[0] < 0
+        for likely in entry.top_logprobs:
+            assert (likely.token == entry.token) == (likely.logprob == entry.logprob)
+            assert bytes(likely.bytes).decode(errors="backslashreplace") == likely.token
+    assert any(entry.logprob < entry.top_logprobs[0].logprob for entry in entries), "always the likeliest"
+
+
+def test_log_probabilities_of_a_stream_come_with_their_text_or_before(served: Served):
+    """Half characters are held back, and so are heads of the stop string."""
+    wishes = {"logprobs": True, "top_logprobs": 2, "temperature": 2, "max_tokens": 60, "stop": ["aQZ", "\n\n\n"]}
+    held = 0
+    for seed in range(8):
+        whole = ask(served, seed=seed, **wishes).choices[0]
+        text, raw, entries = "", b"", []
+        for chunk in ask(served, seed=seed, stream=True, **wishes):
+            choice = chunk.choices[0]
+            new = choice.logprobs.content if choice.logprobs else []
+            text, raw = text + (choice.delta.content or ""), raw + b"".join(bytes(e.bytes) for e in new if e.bytes)
+            entries += new
+            held += len(new) > 1
+            assert not new or choice.delta.content or choice.finish_reason
+            assert raw.decode(errors="replace").startswith(text.removesuffix("\ufffd"))
+        assert text == whole.message.content
+        assert [entry.token for entry in entries] == [entry.token for entry in whole.logprobs.content]
+    assert held, "nothing was held back"
+
+
+def test_a_stop_token_is_told_with_the_ending(served: Served):
+    stop = drawn(served)[5]
+    wishes = {"logprobs": True, "extra_body": {"stop_token_ids": [stop]}}
+    *_, last = ask(served, stream=True, **wishes)
+    assert last.choices[0].finish_reason == "stop"
+    assert [entry.token for entry in last.choices[0].logprobs.content] == [served.engine.core.token_text(stop)]
+
+
+def test_an_impossible_token_is_told_with_a_finite_number(fake: tuple[str, FakeEngine]):
+    url, engine = fake
+    engine.core = SimpleNamespace(tokenizer=byte_level())
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    told = Delta("done", "a", (1,), (Logprob(1, -math.inf, ((2, -math.inf),)),), finish_reason="stop")
+    threading.Timer(0.2, lambda: engine.say(0, told)).start()
+    answer = client.chat.completions.create(model="fake", messages=HELLO, logprobs=True)
+    [entry] = answer.choices[0].logprobs.content
+    assert (entry.token, entry.bytes, entry.logprob) == ("<|im_start|>", None, -9999.0)
+    assert entry.top_logprobs[0].logprob == -9999.0
 
 
 def test_a_huge_max_tokens_is_capped_by_the_context(served: Served):
