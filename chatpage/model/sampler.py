@@ -128,7 +128,7 @@ def _penalize_repetition(logits: Tensor, draws: list[Draw]) -> None:
 
 
 def _penalize_drawn(logits: Tensor, draws: list[Draw]) -> None:
-    drawn = [Counter(draw.tokens[draw.prompt_length :] if draw.params.penalizes_drawn else ()) for draw in draws]
+    drawn = [Counter(draw.tokens[draw.prompt_length :]) if draw.params.penalizes_drawn else {} for draw in draws]
     if any(drawn):
         taken = [
             draw.params.presence_penalty + draw.params.frequency_penalty * times
