@@ -63,7 +63,7 @@ class Answer:
         return {**self._head("chat.completion"), "choices": [choice], "usage": usage(total)}
 
     def _logprobs(self, logprobs: Sequence[Logprob]) -> dict[str, Any] | None:
-        """One entry for each token that was drawn, the one that ends the answer included."""
+        """One entry for each token that was drawn, those of the end included, which are not shown."""
         if self.texts is None:
             return None
         entries = [
