@@ -86,7 +86,7 @@ class Speech:
         self.cancelled = True
 
     def _put(self, state: Any, text: str = "", said: int = 0, computed: int = 83, reason: Any = None) -> None:
-        self.stream.put(Delta(state, text, (), self._prompt_tokens, 83, computed, said, reason))
+        self.stream.put(Delta(state, text, (), (), self._prompt_tokens, 83, computed, said, reason))
         Stream.wake([self.stream])
 
     async def _speak(self, engine: FakeEngine, messages: list[dict[str, str]]) -> None:

@@ -59,7 +59,7 @@ def site(model: str | None) -> Iterator[Site]:
 def slow(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps long enough to see an answer grow."""
     run = site.engine.core.runner.run
-    monkeypatch.setattr(site.engine.core.runner, "run", lambda *step: (time.sleep(STEP), run(*step))[1])
+    monkeypatch.setattr(site.engine.core.runner, "run", lambda rows: (time.sleep(STEP), run(rows))[1])
 
 
 @pytest.fixture
