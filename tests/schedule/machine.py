@@ -432,7 +432,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             if started and started[0].sequence is candidate:
                 budget -= started.pop(0).count
                 admitted[0] += candidate in before.waiting
-            elif not self.waits_for_block(candidate, before):
+            elif self.waits_for_block(candidate, before):
+                if not started and not self.has_room(candidate):
+                    break  # either may have kept it back, so those behind it may be kept back too
+            else:
                 assert not self.has_room(candidate), f"{candidate.id} is not started, and nothing is in its way"
                 assert not self.scheduler.resting, f"{candidate.id} is not started, although tables rest"
                 break
