@@ -205,6 +205,7 @@ class Core:
             stop_token_ids=self.stop_token_ids.union(params.stop_token_ids),
             stops=(*params.stop, *self.template.stops),
             limit=min(limit for limit in limits if limit is not None),
+            min_tokens=params.min_tokens,
         )
         turn = self.turns[sequence.id] = Turn(sequence, answer, stream)
         self.counts["prompt_tokens"] += length

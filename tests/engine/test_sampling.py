@@ -202,6 +202,20 @@ def test_no_end_is_drawn_before_min_tokens(engine: Engine, temperature: float) -
         assert later.reason == "stop"
 
 
+def test_a_stop_string_ends_nothing_before_min_tokens(engine: Engine) -> None:
+    whole = read(ask(engine, QUESTION, greedy(40)))
+    decode = engine.core.tokenizer.decode
+    token = next(token for token in whole.tokens[4:] if decode([token]).isalpha())
+    stop, at = decode([token]), whole.tokens.index(token)
+    before = read(ask(engine, QUESTION, greedy(40, stop=(stop,), min_tokens=at)))
+    assert before.tokens == whole.tokens[: at + 1]
+    assert (before.text, before.reason) == (whole.text[: whole.text.index(stop)], "stop")
+    later = read(ask(engine, QUESTION, greedy(40, stop=(stop,), min_tokens=at + 1)))
+    assert later.tokens[: at + 1] == before.tokens
+    assert len(later.tokens) > at + 1
+    assert stop in later.text
+
+
 def test_min_tokens_reach_no_further_than_the_servers_limit(launch: Callable[..., Engine]) -> None:
     engine = launch(max_output_tokens=6)
     answer = read(ask(engine, QUESTION, SamplingParams(temperature=0, min_tokens=9)))
