@@ -145,10 +145,10 @@ def _set_weights(model: PreTrainedModel) -> None:
     random = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():
         if weight.dim() < 2:
-            if "norm" not in name.lower():
-                weight.copy_(0.5 * torch.randn(weight.shape, generator=random))
+            if not any(part in name.lower() for part in ("norm", "ln_")):
+                weight.copy_((0.1 if name.endswith("bias") else 0.5) * torch.randn(weight.shape, generator=random))
             continue
-        std = 1.0 if "embed" in name else 2.0 / weight.shape[-1] ** 0.5
+        std = 1.0 if any(part in name for part in ("embed", "wte", "wpe")) else 2.0 / weight.shape[-1] ** 0.5
         weight.copy_(std * torch.randn(weight.shape, generator=random))
     head = model.get_output_embeddings()
     head.weight[: len(SPECIAL_TOKENS)] = 0.0

@@ -123,7 +123,8 @@ OWN: dict[str, dict[str, Any]] = {
         }
     },
     "cwm": MIXED_LAYERS,
-    "dbrx": {
+    "dbrx": WIDE
+    | {
         "d_model": 64,
         "n_heads": 4,
         "n_layers": 3,
@@ -197,6 +198,7 @@ OWN: dict[str, dict[str, Any]] = {
     "longcat_flash": LATENT | {"num_layers": 2, "num_hidden_layers": 2, "ffn_hidden_size": 96, "zero_expert_num": 2},
     "mamba2": {"num_heads": 6, "head_dim": 16, "n_groups": 2, "state_size": 4},
     "mellum": MIXED_LAYERS,
+    "mllama_text_model": {"cross_attention_layers": [1]},
     "mimo_v2_flash": MIXED_LAYERS | {"v_head_dim": 12},
     "minicpm3": LATENT,
     # Sparse attention over blocks on the last layer, fewer than the prompts have.
@@ -257,38 +259,40 @@ OWN: dict[str, dict[str, Any]] = {
 # Families with more than text: the towers are small, and the language model is that of another entry.
 WITH_TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "dots3_note": ("dots3_note_text", {}),
+    "emu3": ("emu3_text_model", {"vq_config": {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1}}),
     "gemma3": ("gemma3_text", {"vision_config": VISION, "mm_tokens_per_image": 4}),
     "gemma4": ("gemma4_text", {"vision_config": VISION, "audio_config": None}),
     "gemma4_unified": ("gemma4_unified_text", {"vision_config": VISION, "audio_config": None}),
     "got_ocr2": ("qwen2", {"vision_config": VISION | {"output_channels": 48, "mlp_dim": 96}}),
     "llama4": ("llama4_text", {"vision_config": VISION | {"vision_output_dim": 48}}),
+    "mllama": ("mllama_text_model", {"vision_config": VISION | {"num_global_layers": 1, "max_num_tiles": 4}}),
     "qwen3_5": ("qwen3_5_text", {"vision_config": {"depth": 1, "hidden_size": 48, "num_heads": 4}}),
     "qwen3_5_moe": ("qwen3_5_moe_text", {"vision_config": {"depth": 1, "hidden_size": 48, "num_heads": 4}}),
 }
 
 
-def configuration(family: str) -> PreTrainedConfig:
-    """A family's tiny configuration.
+def configuration(family: str, **config: Any) -> PreTrainedConfig:
+    """A family's tiny configuration; `config` overrides some of its fields.
 
     Raises:
         Exception: of any kind, where transformers refuses it.
     """
-    return AutoConfig.for_model(family, **_fields(family))
+    return AutoConfig.for_model(family, **(_fields(family) | config))
 
 
 def _fields(family: str) -> dict[str, Any]:
     if family in WITH_TEXT:
         text, rest = WITH_TEXT[family]
-        return {"text_config": {"model_type": text, **_fields(text)}, **rest}
+        return {"tie_word_embeddings": False, "text_config": {"model_type": text, **_fields(text)}, **rest}
     declared = {field.name for field in dataclasses.fields(cast(Any, CONFIG_MAPPING[family]))}
     small = {name: value for name, value in SMALL.items() if name in declared}
     every = COMMON | small | FAMILIES.get(family, {}) | OWN.get(family, {})
     return {name: value for name, value in every.items() if value is not LEFT_OUT}
 
 
-def make_family(family: str, folder: str | Path) -> Path:
+def make_family(family: str, folder: str | Path, **config: Any) -> Path:
     """Save a random checkpoint of any type of `TYPES` to `folder`, unless it is there already; its path."""
-    return save(configuration(family), folder)
+    return save(configuration(family, **config), folder)
 
 
 def prompts() -> list[list[int]]:

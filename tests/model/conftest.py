@@ -1,6 +1,6 @@
 """Checkpoints and models, made once for all tests of this folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +13,15 @@ from chatpage.model.step import ModelRunner
 from tests.checkpoints import make
 
 BLOCK_SIZE = 4
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny models on one thread: several would wait for each other, and for other tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

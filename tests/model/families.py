@@ -7,8 +7,11 @@ from tests.engine.harness import greedy, paused, read, start
 from tests.families import ANSWER, prompts
 
 
-def answer(folder: Path) -> list[list[int]]:
+def answer(folder: Path) -> tuple[list[list[int]], list[str]]:
     """Answers to all prompts, asked at once: in chunks of at most 7 tokens, beside each other's decodes.
+
+    Returns:
+        The tokens of each, and what the model's loading had to note.
 
     Raises:
         ChatPageError: the model is refused.
@@ -17,6 +20,6 @@ def answer(folder: Path) -> list[list[int]]:
     try:
         with paused(engine):
             streams = [engine.stream(Request(Prompt(tuple(prompt)), greedy(ANSWER))) for prompt in prompts()]
-        return [read(stream).tokens for stream in streams]
+        return [read(stream).tokens for stream in streams], engine.core.loaded.notes
     finally:
         engine.stop()
