@@ -1,5 +1,7 @@
 """The scheduler's decisions, one by one, on pools small enough to count."""
 
+from collections.abc import Callable
+
 import pytest
 
 from chatpage.errors import RequestError
@@ -189,6 +191,41 @@ def test_one_that_grows_to_the_end_of_the_pool_is_exhausted() -> None:
     sequence = desk.submit(5, count=99)
     desk.finish()
     assert len(sequence.tokens) == 9, "eight slots, and the token that was drawn from the last of them"
+
+
+# -- the same asked twice at once --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("domain", ["shared", None])
+def test_what_two_ask_at_once_is_computed_once_where_they_may_share(domain: str | None) -> None:
+    desk = Desk(budget=6)
+    twins = [desk.submit(10, session=desk.session(domain)) for _ in range(2)]
+    if domain is None:
+        assert [desk.chunks(), desk.chunks()] == [[(1, 0, 6)], [(1, 6, 4), (2, 0, 2)]]
+    else:
+        # The second starts from two whole blocks; the first one's tail is the first one's own.
+        assert [desk.chunks(), desk.chunks()] == [[(1, 0, 6)], [(1, 6, 4)]]
+        assert desk.chunks() == [(1, 10, 1), (2, 8, 2)]
+    desk.finish()
+    assert [twin.tokens[10:] for twin in twins] == [answer(twins[0].tokens[:10], 5)] * 2
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [lambda desk, twin: desk.scheduler.end(twin, "abort"), lambda desk, twin: desk.scheduler.fail(twin, "error")],
+    ids=["ends", "fails"],
+)
+def test_who_waits_for_a_block_computes_it_if_the_other(ends: Callable[[Desk, Sequence], object]) -> None:
+    desk = Desk(budget=6)
+    first, second = (desk.submit(10, session=desk.session("shared")) for _ in range(2))
+    desk.step()
+    assert (first.computed, second.state) == (6, "queued")
+    ends(desk, first)
+    desk.step()
+    assert second.is_running
+    assert second.cached == (6 if first.state == "resting" else 0), "what failed is not found"
+    desk.finish()
+    assert second.tokens[10:] == answer(second.tokens[:10], 5)
 
 
 # -- fairness ----------------------------------------------------------------------------------------------------------
