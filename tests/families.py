@@ -92,8 +92,8 @@ INDEXED = LATENT | {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 2}
 MIXED_LAYERS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 # For families that take the head size from the others: 64 / 4 = 16.
 WIDE = {"hidden_size": 64}
-# Wide enough for all the prompts, where a window is in the mask only: contexts end at it.
-IN_THE_MASK = 80
+# Wide enough for all the prompts, where layers do not hand their window over: contexts end at it.
+NOT_HANDED_OVER = 80
 # What only these tokenizers add to every vocabulary.
 ROOM = {"vocab_size": VOCAB_SIZE + 8}
 LINEAR_LAYERS = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
@@ -191,14 +191,13 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     "llama4_text": {
-        "attention_chunk_size": IN_THE_MASK,
+        "attention_chunk_size": NOT_HANDED_OVER,
         "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
     },
     "kimi_linear": LATENT | LINEAR_LAYERS,
     "longcat_flash": LATENT | {"num_layers": 2, "num_hidden_layers": 2, "ffn_hidden_size": 96, "zero_expert_num": 2},
     "mamba2": {"num_heads": 6, "head_dim": 16, "n_groups": 2, "state_size": 4},
     "mellum": MIXED_LAYERS,
-    "mllama_text_model": {"cross_attention_layers": [1]},
     "mimo_v2_flash": MIXED_LAYERS | {"v_head_dim": 12},
     "minicpm3": LATENT,
     # Sparse attention over blocks on the last layer, fewer than the prompts have.
@@ -212,7 +211,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "ministral": MIXED_LAYERS,
     "modernbert-decoder": MIXED_LAYERS | WIDE | {"local_attention": 8},
-    "moshi": {"sliding_window": IN_THE_MASK, "num_codebooks": 1, "audio_vocab_size": 32},
+    "moshi": {"sliding_window": NOT_HANDED_OVER, "num_codebooks": 1, "audio_vocab_size": 32},
     "olmo3": MIXED_LAYERS,
     "opt": {"word_embed_proj_dim": 48},
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
@@ -229,9 +228,10 @@ OWN: dict[str, dict[str, Any]] = {
             "depthwise_separable_out_channel": 48,
         },
     },
-    "phimoe": {"head_dim": 12, "sliding_window": IN_THE_MASK},
+    "phimoe": {"head_dim": 12, "sliding_window": NOT_HANDED_OVER},
+    "prophetnet": {"num_hidden_layers": LEFT_OUT},
     "qwen2": MIXED_LAYERS | ROOM,
-    "qwen2_moe": MIXED_LAYERS | {"sliding_window": IN_THE_MASK},
+    "qwen2_moe": MIXED_LAYERS | {"sliding_window": NOT_HANDED_OVER},
     "qwen3": MIXED_LAYERS,
     "qwen3_next": LINEAR_LAYERS,
     "qwen3_5_text": LINEAR_LAYERS,
@@ -241,6 +241,7 @@ OWN: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 1, 0]},
     "vaultgemma": MIXED_LAYERS,
     "xlnet": {"max_position_embeddings": LEFT_OUT, "d_head": 12},
+    "xmod": {"default_language": "en_XX"},
     "youtu": LATENT,
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba"], "layer_types": LEFT_OUT},
     "zaya": {"num_experts_per_tok": 1},
@@ -259,13 +260,11 @@ OWN: dict[str, dict[str, Any]] = {
 # Families with more than text: the towers are small, and the language model is that of another entry.
 WITH_TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "dots3_note": ("dots3_note_text", {}),
-    "emu3": ("emu3_text_model", {"vq_config": {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1}}),
     "gemma3": ("gemma3_text", {"vision_config": VISION, "mm_tokens_per_image": 4}),
     "gemma4": ("gemma4_text", {"vision_config": VISION, "audio_config": None}),
     "gemma4_unified": ("gemma4_unified_text", {"vision_config": VISION, "audio_config": None}),
     "got_ocr2": ("qwen2", {"vision_config": VISION | {"output_channels": 48, "mlp_dim": 96}}),
     "llama4": ("llama4_text", {"vision_config": VISION | {"vision_output_dim": 48}}),
-    "mllama": ("mllama_text_model", {"vision_config": VISION | {"num_global_layers": 1, "max_num_tiles": 4}}),
     "qwen3_5": ("qwen3_5_text", {"vision_config": {"depth": 1, "hidden_size": 48, "num_heads": 4}}),
     "qwen3_5_moe": ("qwen3_5_moe_text", {"vision_config": {"depth": 1, "hidden_size": 48, "num_heads": 4}}),
 }

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.masking_utils import eager_mask
 
 from chatpage.errors import ModelError
@@ -98,7 +98,7 @@ def probe(module: PreTrainedModel) -> Probe:
     """
     seen = _record(module, [0, 1, 2, 3, 4])
     if not seen.shapes:
-        raise ModelError(f"models of the family {_family(module)} do not let their attention be replaced.")
+        raise ModelError(f"models of the family {_family(module)} have no attention that can be replaced.")
     expected = module.config.get_text_config(decoder=True).num_hidden_layers
     if len(seen.shapes) < expected:
         raise ModelError(
@@ -156,11 +156,12 @@ def _family(module: PreTrainedModel) -> str:
 
 
 def visible(module: PreTrainedModel, found: Probe, longest: int) -> int:
-    """Up to which length, `longest` at most, each token sees what transformers' own masks let it see.
+    """Up to which length, `longest` at most, each token sees what transformers' masks and cache let it see.
 
     Raises:
         ModelError: there is no such length; tokens see what comes after them, say.
     """
+    longest = min([longest, *_forgetful(module, found)])
     module.set_attn_implementation(MASKED)
     try:
         if _sees_alike(module, found, longest):
@@ -179,6 +180,14 @@ def visible(module: PreTrainedModel, found: Probe, longest: int) -> int:
             f"models of the family {_family(module)} do not see the tokens before each token, and only them."
         )
     return alike
+
+
+def _forgetful(module: PreTrainedModel, found: Probe) -> list[int]:
+    """How many tokens the cache of `generate` keeps, in layers that do not ask for a window of this size."""
+    with _blamed(module):
+        layers = DynamicCache(config=module.config.get_text_config(decoder=True)).layers
+    kept = {getattr(layer, "sliding_window", None) for layer in layers}
+    return [size for size in kept if size and size not in found.windows]
 
 
 @torch.inference_mode()

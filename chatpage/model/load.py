@@ -87,7 +87,7 @@ def load(
         if (longest := visible(module, found, max_positions)) < max_positions:
             max_positions = longest
             notes.append(
-                f"Contexts end at {longest} tokens: past them this model's masks hide other tokens than its layers say."
+                f"Contexts end at {longest} tokens: past them transformers hides or forgets others than the layers say."
             )
         notes += self_check(module, found, max_positions=max_positions)
         compute = _fastest(module, found)
