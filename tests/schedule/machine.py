@@ -1,9 +1,8 @@
 """Random arrivals, ends and faults on a small pool; every step is checked against what it should have been."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from copy import deepcopy
-from dataclasses import dataclass
 from random import Random
 from typing import Any
 
@@ -12,15 +11,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from chatpage.cache.pool import PoolFull
-from chatpage.cache.prefix import SYSTEM, common_length
+from chatpage.cache.prefix import SYSTEM
 from chatpage.errors import RequestError
 from chatpage.events import FREE, IDLE, USED, Event, EventLog, Snapshot
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Prompt
-from chatpage.schedule.scheduler import PATIENCE, Scheduler, Step
+from chatpage.schedule.scheduler import Scheduler, Step
 from chatpage.schedule.sequence import Sequence
 from chatpage.schedule.session import Session
 from tests.cache.naive import deep_state
+from tests.schedule.clerk import Clerk
 from tests.schedule.fake import ALPHABET, FakeModel, FakePool, Oracle, compute, pin_system
 
 VISITORS = 4
@@ -28,18 +28,6 @@ TOKENS = st.sampled_from([0, 0, 0, *range(ALPHABET)])  # so that prefixes of str
 SAID = st.lists(TOKENS, min_size=1, max_size=9)
 COUNTS = st.integers(1, 8)
 WHO = st.integers(0, 15)
-
-
-@dataclass
-class Before:
-    """What a step has to start from."""
-
-    running: list[Sequence]
-    preempted: list[Sequence]
-    waiting: list[Sequence]
-    resting: list[Session]
-    admitted: int
-    evicted: int
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -76,10 +64,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.right: dict[int, int] = {}  # how many tokens of each sequence were found to be right
         self.limits: dict[int, int] = {}
         self.cut: set[int] = set()  # ended early, because an allocation was made to fail
-        self.admitted = 0  # new ones, as the machine counts them
         self.served: dict[Session, int] = {}
-        self.overtaken: Counter[int] = Counter()  # how many new ones were admitted while each could have been
-        self.ahead: dict[int, int] = {}  # how many waited when it arrived
         self.era = 0  # ends whenever a block is lost that somebody might have found
         self.entered: dict[int, int] = {}  # the era in which each sequence was started last
         self.computed: set[tuple[Any, ...]] = set()  # whole blocks of prompts, in this era
@@ -89,7 +74,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.system = tuple(system[: (num_blocks - 2) * block_size])
         if self.system:
             pin_system(self.scheduler, self.model, self.system)
-            self.admitted = 1
+        self.clerk = Clerk(self.scheduler, self.view, admitted=1 if self.system else 0)
         self.visitors = [self.session(n) for n in range(VISITORS)]
 
     # -- events, heard as they come -------------------------------------------------------------------------------
@@ -141,7 +126,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def submit(self, session: Session, prompt: Prompt, count: int) -> Sequence | None:
         if session.keeps and session.active:  # the engine refuses a second turn of a session
             return None
-        fits = self.fits(len(prompt.tokens) + 1, prompt.system_tokens)
+        fits = self.clerk.fits(len(prompt.tokens) + 1, prompt.system_tokens)
         try:
             self.scheduler.require_room(prompt)
         except RequestError:
@@ -157,7 +142,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.oracles[sequence.id] = Oracle()
         self.right[sequence.id] = len(prompt.tokens)
         self.limits[sequence.id] = len(prompt.tokens) + count
-        self.ahead[sequence.id] = len(self.scheduler.waiting)
+        self.clerk.comes(sequence)
         return sequence
 
     @rule(visitor=WHO, stays=st.booleans(), under_system=st.booleans(), said=SAID, count=COUNTS)
@@ -322,9 +307,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def stop_in_step(self) -> None:
         """All are ended between the copies of a step and its writes: what was not written is not found."""
-        waiting = list(self.scheduler.waiting)
+        before = self.clerk.before()
         self.model.copy(self.scheduler.schedule().copies)
-        self.admitted += sum(s.cached is not None for s in waiting)
+        self.clerk.count_admitted(before)
         for sequence in self.live():
             self.scheduler.end(sequence, "abort")
 
@@ -341,29 +326,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert deep_state(self.pool, self.known.values()) == before, "a failed allocation left a trace"
 
     def take_step(self, broken: int = 0) -> None:
-        scheduler, failed = self.scheduler, self.pool.failed
-        before = Before(
-            list(scheduler.running),
-            list(scheduler.preempted),
-            list(scheduler.waiting),
-            list(scheduler.resting),
-            self.admitted,
-            self.view.counters["evicted"],
-        )
-        had_work = scheduler.has_work
+        scheduler, failed, before = self.scheduler, self.pool.failed, self.clerk.before()
         step = scheduler.schedule()
         chosen = [chunk.sequence for chunk in step.chunks]
-        self.admitted += sum(s.cached is not None for s in before.waiting)
+        self.clerk.count_admitted(before)
         for sequence in chosen:
             if sequence not in before.running:
                 self.entered[sequence.id] = self.era
         self.check_step(step)
         if self.pool.failed == failed:
-            oldest = next(iter(before.running), None)
-            assert bool(chosen or step.exhausted) == had_work, "an empty step although there is work"
-            assert oldest is None or oldest in chosen or oldest in step.exhausted, "the oldest makes no progress"
-            self.check_running(before, step)
-            self.check_admissions(before, step)
+            self.clerk.check(before, step)
         else:
             self.cut.update(s.id for s in step.exhausted)
             assert chosen or step.exhausted or step.preempted
@@ -377,11 +349,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.check_computed_once(step)
         self.all_is_well()
 
-    def fits(self, tokens: int, system_tokens: int) -> bool:
-        """Whether a sequence of that length could be in the pool if nobody else were."""
-        size = self.pool.block_size
-        return -(-tokens // size) - system_tokens // size <= self.pool.num_blocks - len(self.pool.pinned)
-
     def check_step(self, step: Step) -> None:
         assert sum(chunk.count for chunk in step.chunks) <= self.scheduler.max_step_tokens
         ids = [chunk.sequence.id for chunk in step.chunks]
@@ -392,99 +359,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert chunk.start + chunk.count <= len(chunk.sequence.tokens)
             assert chunk.start == chunk.sequence.computed - (not chunk.stores), "tokens are left out, or run twice"
             assert chunk.stores or (chunk.count == 1 and chunk.reaches_end)
-        if self.pool.failed == 0 or not step.exhausted:
-            for sequence in step.exhausted:
-                assert not self.fits(len(sequence.tokens), sequence.system_tokens), "ended although it fits"
-
-    def check_running(self, before: Before, step: Step) -> None:
-        """All who run are in the step, oldest first, but for the newest, whose blocks others need."""
-        kept = [s for s in before.running if s not in step.preempted and s not in step.exhausted]
-        chosen = [chunk.sequence for chunk in step.chunks if chunk.sequence in before.running]
-        assert chosen == kept[: len(chosen)], "not the oldest first"
-        if chosen != kept:
-            assert sum(c.count for c in step.chunks) == self.scheduler.max_step_tokens, "left out without a reason"
-        for victim in step.preempted:
-            assert victim in before.running
-            assert all(s.id < victim.id for s in chosen), "an older one is preempted for a newer one"
-        assert not (step.preempted and self.scheduler.resting), "preempted while tables rest"
-        woken = {chunk.sequence.session for chunk in step.chunks}
-        left = list(self.scheduler.resting)
-        others = [session for session in before.resting if session not in woken]
-        assert left == others[len(others) - len(left) :], "not the longest rested first"
-
-    # -- admission, as it should be -------------------------------------------------------------------------------
-
-    def check_admissions(self, before: Before, step: Step) -> None:
-        """Who was started, in which order, and why nobody else."""
-        started = [chunk for chunk in step.chunks if chunk.sequence not in before.running]
-        if step.preempted:
-            assert not started, "somebody starts in a step in which somebody lost his blocks"
-            return
-        new = [chunk.sequence for chunk in started if chunk.sequence in before.waiting]
-        assert not (new and self.scheduler.preempted), "a new one before all that were preempted are back"
-        places = self.scheduler.max_sequences - len(before.running)
-        budget = self.scheduler.max_step_tokens - sum(c.count for c in step.chunks if c not in started)
-        admitted = [before.admitted]
-        for candidate in self.in_order(before, admitted):
-            if not places or not budget:
-                break
-            places -= 1
-            if started and started[0].sequence is candidate:
-                budget -= started.pop(0).count
-                admitted[0] += candidate in before.waiting
-            elif self.waits_for_block(candidate, before):
-                if not started and not self.has_room(candidate):
-                    break  # either may have kept it back, so those behind it may be kept back too
-            else:
-                assert not self.has_room(candidate), f"{candidate.id} is not started, and nothing is in its way"
-                assert not self.scheduler.resting, f"{candidate.id} is not started, although tables rest"
-                break
-        assert not started, f"{[chunk.sequence.id for chunk in started]} started out of turn"
-        self.check_patience(before, new)
-
-    def in_order(self, before: Before, admitted: list[int]) -> Iterator[Sequence]:
-        """The preempted ones by arrival; then new ones by what was served, every eighth by arrival."""
-        yield from before.preempted
-        if self.scheduler.preempted:
-            return
-        left = list(before.waiting)
-        while left:
-            by_arrival = admitted[0] % PATIENCE == PATIENCE - 1
-            chosen = min(left, key=lambda s: s.id if by_arrival else (s.session.served, s.id))
-            left.remove(chosen)
-            yield chosen
-
-    def waits_for_block(self, sequence: Sequence, before: Before | None = None) -> bool:
-        """Whether somebody who runs computes a whole block that it needs too, and could find."""
-        size = self.pool.block_size
-        found = sum(length for _, length in sequence.table.matches(sequence.tokens))
-        is_known = before is None or self.view.counters["evicted"] > before.evicted or sequence.awaits is None
-        for other in self.scheduler.running:
-            if (other.table.domain, other.system_tokens) != (sequence.table.domain, sequence.system_tokens):
-                continue
-            common = common_length(other.tokens, sequence.tokens) // size * size
-            end = found // size * size + size
-            if other.computed < common and (is_known or other.computed < end <= common):
-                return True
-        return False
-
-    def has_room(self, sequence: Sequence) -> bool:
-        """Whether its first chunk has room beside all who run."""
-        pool, size = self.pool, self.pool.block_size
-        matches = sequence.table.matches(sequence.tokens)
-        found = sum(length for _, length in matches)
-        end = min(len(sequence.tokens), found + self.scheduler.max_step_tokens)
-        idle = [node.block for node, _ in matches if not pool.ref[node.block] and node.block not in pool.pinned]
-        copies = end > found and found % size != 0 and matches[-1][0].block not in idle
-        return pool.available - len(idle) >= -(-end // size) - len(matches) + copies
-
-    def check_patience(self, before: Before, new: list[Sequence]) -> None:
-        """Nobody waits for ever while newcomers keep coming."""
-        for sequence in self.scheduler.waiting:
-            if new and not self.waits_for_block(sequence):
-                self.overtaken[sequence.id] += len(new)
-                most = PATIENCE * self.ahead[sequence.id]
-                assert self.overtaken[sequence.id] <= most, f"{sequence.id} was overtaken more than {most} times"
 
     # -- what was computed ----------------------------------------------------------------------------------------
 
@@ -594,7 +468,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             most -= 1
             self.take_step()
         for sequence in live:
-            is_too_long = not self.fits(len(sequence.tokens), sequence.system_tokens)
+            is_too_long = not self.clerk.fits(len(sequence.tokens), sequence.system_tokens)
             assert is_too_long or sequence.id in self.cut or len(sequence.tokens) == self.limits[sequence.id]
         for session in list(self.scheduler.resting):
             self.scheduler.wake(session, "closed")

@@ -1,0 +1,173 @@
+"""Who runs and who is started in a step, worked out anew from the rules; the scheduler must have come to the same."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from chatpage.cache.prefix import common_length
+from chatpage.events import Snapshot
+from chatpage.schedule.scheduler import PATIENCE, Chunk, Scheduler, Step
+from chatpage.schedule.sequence import Sequence
+from chatpage.schedule.session import Session
+
+
+@dataclass
+class Before:
+    """What a step has to start from."""
+
+    running: list[Sequence]
+    preempted: list[Sequence]
+    waiting: list[Sequence]
+    resting: list[Session]
+    held_back: set[Sequence]  # until somebody has computed a block
+    evicted: int  # blocks, so far
+    admitted: int  # new ones, so far
+
+
+class Clerk:
+    """Looks over the scheduler's shoulder.
+
+    Attributes:
+        admitted: how many new ones were started, so far.
+    """
+
+    def __init__(self, scheduler: Scheduler, view: Snapshot, admitted: int) -> None:
+        self.scheduler = scheduler
+        self.pool = scheduler.pool
+        self.view = view
+        self.admitted = admitted
+        self._ahead: dict[Sequence, int] = {}  # how many waited when it came, itself included
+        self._overtaken: Counter[Sequence] = Counter()  # how many new ones were started when it might have been
+
+    def comes(self, sequence: Sequence) -> None:
+        self._ahead[sequence] = len(self.scheduler.waiting)
+
+    def before(self) -> Before:
+        scheduler = self.scheduler
+        return Before(
+            list(scheduler.running),
+            list(scheduler.preempted),
+            list(scheduler.waiting),
+            list(scheduler.resting),
+            {s for s in (*scheduler.preempted, *scheduler.waiting) if s.awaits is not None},
+            self.view.counters["evicted"],
+            self.admitted,
+        )
+
+    def count_admitted(self, before: Before) -> None:
+        self.admitted += sum(sequence.cached is not None for sequence in before.waiting)
+
+    # -- a step's checks ------------------------------------------------------------------------------------------
+
+    def check(self, before: Before, step: Step) -> None:
+        """Of a step in which no allocation was made to fail."""
+        chosen = [chunk.sequence for chunk in step.chunks]
+        had_work = bool(before.running or before.preempted or before.waiting)
+        assert bool(chosen or step.exhausted) == had_work, "an empty step although there is work"
+        for sequence in step.exhausted:
+            assert not self.fits(len(sequence.tokens), sequence.system_tokens), "ended although it fits"
+        self._check_running(before, step)
+        self._check_started(before, step)
+
+    def fits(self, tokens: int, system_tokens: int) -> bool:
+        """Whether a sequence of that length could be in the pool if nobody else were."""
+        size = self.pool.block_size
+        return -(-tokens // size) - system_tokens // size <= self.pool.num_blocks - len(self.pool.pinned)
+
+    def _check_running(self, before: Before, step: Step) -> None:
+        """All who run are in the step, oldest first, but for the newest, whose blocks others need."""
+        kept = [s for s in before.running if s not in step.preempted and s not in step.exhausted]
+        chosen = [chunk.sequence for chunk in step.chunks if chunk.sequence in before.running]
+        assert chosen == kept[: len(chosen)], "not the oldest first"
+        assert chosen or not kept, "the oldest makes no progress"
+        if chosen != kept:
+            assert sum(c.count for c in step.chunks) == self.scheduler.max_step_tokens, "left out without a reason"
+        for victim in step.preempted:
+            assert victim in before.running
+            assert all(s.id < victim.id for s in chosen), "an older one is preempted for a newer one"
+        assert not (step.preempted and self.scheduler.resting), "preempted while tables rest"
+        woken = {chunk.sequence.session for chunk in step.chunks}
+        left = list(self.scheduler.resting)
+        others = [session for session in before.resting if session not in woken]
+        assert left == others[len(others) - len(left) :], "not the longest rested first"
+
+    def _check_started(self, before: Before, step: Step) -> None:
+        """Who was started, in which order, and why nobody else."""
+        started = [chunk for chunk in step.chunks if chunk.sequence not in before.running]
+        if step.preempted:
+            assert not started, "somebody starts in a step in which somebody lost his blocks"
+            return
+        new = [chunk.sequence for chunk in started if chunk.sequence in before.waiting]
+        assert not (new and self.scheduler.preempted), "a new one before all that were preempted are back"
+        self._follow(before, step, started)
+        self._check_patience(new)
+
+    def _follow(self, before: Before, step: Step, started: list[Chunk]) -> None:
+        """Go through the candidates in their order: each was started, or there is a reason why not."""
+        left = list(started)
+        places = self.scheduler.max_sequences - len(before.running)
+        budget = self.scheduler.max_step_tokens - sum(c.count for c in step.chunks if c not in started)
+        admitted = [before.admitted]
+        for candidate in self._in_order(before, admitted):
+            if not places or not budget:
+                break
+            places -= 1
+            if left and left[0].sequence is candidate:
+                budget -= left.pop(0).count
+                admitted[0] += candidate in before.waiting
+            elif self._waits(candidate, before):
+                if not left and not self._has_room(candidate):
+                    break  # either may have kept it back, so those behind it may be kept back too
+            else:
+                assert not self._has_room(candidate), f"{candidate.id} is not started, and nothing is in its way"
+                assert not self.scheduler.resting, f"{candidate.id} is not started, although tables rest"
+                break
+        assert not left, f"{[chunk.sequence.id for chunk in left]} started out of turn"
+
+    def _in_order(self, before: Before, admitted: list[int]) -> Iterator[Sequence]:
+        """The preempted ones by arrival; then new ones by what was served, every eighth by arrival."""
+        yield from before.preempted
+        if self.scheduler.preempted:
+            return
+        left = list(before.waiting)
+        while left:
+            by_arrival = admitted[0] % PATIENCE == PATIENCE - 1
+            chosen = min(left, key=lambda s: s.id if by_arrival else (s.session.served, s.id))
+            left.remove(chosen)
+            yield chosen
+
+    def _waits(self, sequence: Sequence, before: Before | None = None) -> bool:
+        """Whether somebody who runs computes a whole block that it needs too, and could find.
+
+        That is the block after what is found; where it waited before, or something was evicted in this step, it may
+        have been another one.
+        """
+        size = self.pool.block_size
+        found = sum(length for _, length in sequence.table.matches(sequence.tokens))
+        end = found // size * size + size
+        is_sure = before and sequence not in before.held_back and self.view.counters["evicted"] == before.evicted
+        for other in self.scheduler.running:
+            if (other.table.domain, other.system_tokens) != (sequence.table.domain, sequence.system_tokens):
+                continue
+            common = common_length(other.tokens, sequence.tokens) // size * size
+            if other.computed < common and (other.computed < end <= common or not is_sure):
+                return True
+        return False
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether its first chunk has room beside all who run."""
+        pool, size = self.pool, self.pool.block_size
+        matches = sequence.table.matches(sequence.tokens)
+        found = sum(length for _, length in matches)
+        end = min(len(sequence.tokens), found + self.scheduler.max_step_tokens)
+        idle = [node.block for node, _ in matches if not pool.ref[node.block] and node.block not in pool.pinned]
+        copies = end > found and found % size != 0 and matches[-1][0].block not in idle
+        return pool.available - len(idle) >= -(-end // size) - len(matches) + copies
+
+    def _check_patience(self, new: list[Sequence]) -> None:
+        """Nobody waits for ever while newcomers keep coming."""
+        for sequence in self.scheduler.waiting:
+            if new and not self._waits(sequence):
+                self._overtaken[sequence] += len(new)
+                most = PATIENCE * self._ahead[sequence]
+                assert self._overtaken[sequence] <= most, f"{sequence.id} was overtaken more than {most} times"
