@@ -74,7 +74,12 @@ class Core:
         self.settings = settings
         self.sharing = settings.resolved_sharing
         say(f"Loading {settings.model or 'the bundled model'}")
-        self.loaded = load(settings.model or tutor.path(), device=settings.device, dtype=settings.dtype)
+        self.loaded = load(
+            settings.model or tutor.path(),
+            device=settings.device,
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len,
+        )
         self.model_name = self.loaded.name if settings.model else "chatpage-tutor"
         self.notes = list(self.loaded.notes)
         self.tokenizer = self.loaded.tokenizer

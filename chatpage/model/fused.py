@@ -6,7 +6,7 @@ Llama, Mistral, Qwen and many others are this decoder under different names. Whe
 name but tried: its modules must be named like this, and its logits must stay the same (`chatpage.model.check`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class _Layer:
 
     def __init__(self, index: int, layer: Any, call: AttentionCall) -> None:
         _require_children(layer, LAYER)
-        attention, self._mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
         has_norms = _require_children(attention, ATTENTION, optional=HEAD_NORMS)
         self._index, self._call = index, call
         self._size: int = attention.head_dim
@@ -81,8 +81,7 @@ class _Layer:
         self._key_norm = _Norm(attention.k_norm) if has_norms else None
         self._in = _Product([attention.q_proj, attention.k_proj, attention.v_proj])
         self._out = _Product([attention.o_proj])
-        if {name for name, _ in self._mlp.named_children()} == GATED:
-            self._mlp = _GatedProduct(self._mlp)
+        self._mlp = _feed_forward(layer.mlp)
 
     def __call__(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         """(tokens, hidden_size) to the same."""
@@ -115,6 +114,13 @@ class _Layer:
         cos, sin = rotation
         turned = torch.addcmul(turned * cos, turned.roll(self._size // 2, dims=-1), sin)
         return turned[:, : self._heads], turned[:, self._heads :]
+
+
+def _feed_forward(mlp: Any) -> Callable[[Tensor], Tensor]:
+    """One product for gate and up, where there are such; else, in a mixture of experts, the part as it is."""
+    if {name for name, _ in mlp.named_children()} == GATED:
+        return _GatedProduct(mlp)
+    return lambda hidden: mlp(hidden[None])[0]
 
 
 class _GatedProduct:

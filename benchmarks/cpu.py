@@ -1,0 +1,292 @@
+"""The engine on a CPU beside transformers' `generate` and `generate_batch`, in one process and one run.
+
+    python -m benchmarks.cpu            a table
+    python -m benchmarks.cpu --json     one line a row
+
+A Llama of 14 million parameters with random weights in fp32, greedy. Times are whole: from the first request to the
+last token, through the engine's thread and its streams. Each number is the median of RUNS runs after one that warms up.
+Ours and `generate` take turns, so that what else the machine does hits both alike; `generate_batch` comes after them,
+because its thread is never idle while it lives.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, logging
+
+from benchmarks.report import header, show
+from benchmarks.shape import LLAMA_14M, save
+from chatpage.engine import Engine
+from chatpage.model.batch import Drawn, Row
+from chatpage.schedule.params import SamplingParams
+from chatpage.schedule.request import Prompt, Request
+from chatpage.settings import Settings
+
+RUNS = 5
+NEW = 96  # tokens of an answer
+SHARED, OWN = 512, 32
+MAX_MODEL_LEN = 1024
+SESSIONS = (1, 8, 32, 64)
+
+Tokens = list[int]
+Serve = Callable[[list[Tokens]], None]
+
+
+class Prompts:
+    """Random prompts, none of which was seen before."""
+
+    def __init__(self) -> None:
+        self._random = torch.Generator().manual_seed(1)
+
+    def fresh(self, count: int, length: int) -> list[Tokens]:
+        return torch.randint(5, 2000, (count, length), generator=self._random).tolist()
+
+    def behind(self, shared: Tokens, count: int) -> list[Tokens]:
+        return [shared + own for own in self.fresh(count, OWN)]
+
+
+# -- who serves --------------------------------------------------------------------------------------------------------
+
+
+def start(folder: Path, **settings: Any) -> Engine:
+    wanted = {"kv_blocks": 4096, "max_model_len": MAX_MODEL_LEN, "sharing": "all", "max_step_tokens": 1024}
+    engine = Engine(Settings(model=str(folder), device="cpu", dtype="float32", **(wanted | settings)))
+    engine.start()
+    engine.wait_ready()
+    return engine
+
+
+def serve(engine: Engine, prompts: list[Tokens], new: int = NEW) -> None:
+    params = SamplingParams(temperature=0, max_tokens=new)
+    streams = [engine.stream(Request(Prompt(tuple(prompt)), params)) for prompt in prompts]
+    for stream in streams:
+        *_, last = stream
+        assert last.completion_tokens == new, last
+
+
+def generate(model: PreTrainedModel, prompts: list[Tokens]) -> None:
+    ids = torch.tensor(prompts)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+    assert out.shape[1] == ids.shape[1] + NEW
+
+
+def generate_batch(model: PreTrainedModel, prompts: list[Tokens]) -> None:
+    """Its manager stays between calls, as ours does, and its pool is of our size: else it takes all memory."""
+    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=1, pad_token_id=0)
+    batching = ContinuousBatchingConfig(num_blocks=256, max_batch_tokens=1024)  # blocks of 256
+    out = model.generate_batch(
+        prompts, generation_config=config, continuous_batching_config=batching, warmup=False, persistent_manager=True
+    )
+    assert [len(answer.generated_tokens) for answer in out.values()] == [NEW] * len(prompts)
+
+
+# -- questions ---------------------------------------------------------------------------------------------------------
+
+
+def throughput(who: dict[str, Serve], ask: Callable[[], list[Tokens]]) -> dict[str, Any]:
+    """Output tokens per second of each, taking turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in who}
+    for run in range(RUNS + 1):
+        for name, answer in who.items():
+            prompts = ask()
+            took = timed(lambda answer=answer, prompts=prompts: answer(prompts))
+            if run:
+                seconds[name].append(took)
+    count = len(ask()) * NEW
+    speeds = {name: count / statistics.median(took) for name, took in seconds.items()}
+    spread = {"spread": _spread(seconds["ours"])} if "ours" in who else {}
+    return {**speeds, **spread}
+
+
+def first_token(engine: Engine, prompts: Prompts) -> list[dict[str, Any]]:
+    """Seconds to the first token behind a shared prompt that is in the cache, and behind one that is not."""
+    shared = prompts.fresh(1, SHARED)[0]
+    serve(engine, prompts.behind(shared, 1), new=1)
+    warm, cold = [], []
+    for _ in range(2 * RUNS):
+        [known] = prompts.behind(shared, 1)
+        [unknown] = prompts.fresh(1, SHARED + OWN)
+        warm.append(timed(lambda known=known: serve(engine, [known], new=1)))
+        cold.append(timed(lambda unknown=unknown: serve(engine, [unknown], new=1)))
+    rows = {"behind 512 cached tokens": warm, "behind 512 uncached tokens": cold}
+    return [
+        {"what": f"first token {name}", "unit": "ms", "ours": 1000 * statistics.median(took), "spread": _spread(took)}
+        for name, took in rows.items()
+    ]
+
+
+def bookkeeping(folder: Path, prompts: Prompts, sessions: int = 64) -> list[dict[str, Any]]:
+    """What a decode step costs besides the model: schedule, tables and events; and text and streams with them."""
+    engine = start(folder)
+    core, pieces = engine.core, Stopwatch()
+    whole: list[float] = []
+    parts: list[float] = []
+    left = [0.0]
+
+    def pretend(rows: list[Row]) -> list[Drawn]:
+        now = time.perf_counter()
+        if left[0] and all(len(row.tokens) == 1 for row in rows) and len(rows) == sessions:
+            whole.append(now - left[0])
+            parts.append(pieces.seconds)
+        left[0], pieces.seconds = time.perf_counter(), 0.0
+        return [Drawn(7 if row.sample else None) for row in rows]
+
+    core.runner.run = pretend
+    core.scheduler.schedule = pieces.around(core.scheduler.schedule)
+    core.scheduler.finish = pieces.around(core.scheduler.finish)
+    core._hand_out_events = pieces.around(core._hand_out_events)
+    serve(engine, prompts.fresh(sessions, OWN), new=400)
+    engine.stop()
+    return [
+        {"what": f"{name}, {sessions} sessions", "unit": "ms a step", "ours": 1000 * statistics.median(spent)}
+        for name, spent in (("schedule, tables and events", parts), ("all but the model", whole))
+    ]
+
+
+class Stopwatch:
+    """Adds up the seconds that some functions take."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def measured(*args: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                self.seconds += time.perf_counter() - begun
+
+        return measured
+
+
+def memory(folder: Path) -> list[dict[str, Any]]:
+    """Resident memory that sessions behind a shared prompt add, and that their blocks hold."""
+    context = multiprocessing.get_context("spawn")
+    rows = []
+    for sessions in SESSIONS:
+        with context.Pool(1) as pool:
+            rows.append(pool.apply(_memory, (folder, sessions)))
+    return rows
+
+
+def _memory(folder: Path, sessions: int) -> dict[str, Any]:
+    engine = start(folder, sharing="all")
+    prompts = Prompts()
+    serve(engine, prompts.fresh(1, 8), new=4)
+    before = _resident()
+    shared = prompts.fresh(1, SHARED)[0]
+    keys = [engine.open_session().key for _ in range(sessions)]
+    params = SamplingParams(temperature=0, max_tokens=NEW)
+    serve(engine, [shared], new=1)
+    requests = [
+        Request(Prompt(tuple(p)), params, session=k)
+        for p, k in zip(prompts.behind(shared, sessions), keys, strict=True)
+    ]
+    for stream in [engine.stream(request) for request in requests]:
+        list(stream)
+    used = engine.core.view.counts()["used"]
+    size = engine.core.runner.pool.bytes_per_block
+    contiguous = sessions * MAX_MODEL_LEN // engine.block_size * size
+    added = _resident() - before
+    engine.stop()
+    return {
+        "what": f"memory, {sessions} sessions of 512 shared + {OWN + NEW} tokens",
+        "unit": "MiB",
+        "ours": added / 2**20,
+        "blocks in use": used * size / 2**20,
+        "one reservation each": contiguous / 2**20,
+    }
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def timed(work: Callable[[], None]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def _spread(seconds: list[float]) -> str:
+    """The fastest and the slowest run, as shares of the median."""
+    middle = statistics.median(seconds)
+    return f"{min(seconds) / middle:.2f}–{max(seconds) / middle:.2f}"
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def measure(folder: Path) -> list[dict[str, Any]]:
+    engine, prompts = start(folder), Prompts()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    questions: dict[str, Callable[[], list[Tokens]]] = {
+        "1 stream": lambda: prompts.fresh(1, OWN),
+        "8 streams": lambda: prompts.fresh(8, OWN),
+        "8 streams behind 512 shared tokens": lambda: prompts.behind(prompts.fresh(1, SHARED)[0], 8),
+    }
+    in_turns: dict[str, Serve] = {"ours": partial(serve, engine), "generate": partial(generate, model)}
+    rows = [{"what": name, "unit": "tokens/s", **throughput(in_turns, ask)} for name, ask in questions.items()]
+    later = [*first_token(engine, prompts), *bookkeeping(folder, prompts)]
+    engine.stop()
+    later += memory(folder)
+    alone: dict[str, Serve] = {"generate_batch": partial(generate_batch, model)}
+    for row, ask in zip(rows, questions.values(), strict=True):
+        row |= throughput(alone, ask)
+    return [*rows, *later]
+
+
+def judge(rows: list[dict[str, Any]]) -> None:
+    """Beside each row its ratio to the peer or limit, and the goal."""
+    by_name = {row["what"]: row for row in rows}
+
+    def put(name: str, ratio: float, against: str, goal: str, *, met: bool) -> None:
+        by_name[name] |= {"ratio": ratio, "against": against, "goal": goal, "met": "yes" if met else "no"}
+
+    one, eight = by_name["1 stream"], by_name["8 streams"]
+    shared = by_name["8 streams behind 512 shared tokens"]
+    ratio = one["ours"] / one["generate"]
+    put("1 stream", ratio, "generate", "≥ 1.5", met=ratio >= 1.5)
+    plain, batched = eight["ours"] / eight["generate"], eight["ours"] / eight["generate_batch"]
+    put("8 streams", plain, "generate", "≥ 1.4, and ≥ 5 × generate_batch", met=plain >= 1.4 and batched >= 5)
+    eight["ratio to generate_batch"] = batched
+    ratio = shared["ours"] / shared["generate_batch"]
+    put(shared["what"], ratio, "generate_batch", "≥ 8", met=ratio >= 8)
+    warm, cold = (by_name[f"first token behind 512 {kind} tokens"] for kind in ("cached", "uncached"))
+    ratio = cold["ours"] / warm["ours"]
+    put(warm["what"], ratio, "uncached", "≥ 6", met=ratio >= 6)
+    step = by_name["schedule, tables and events, 64 sessions"]
+    put(step["what"], step["ours"] / 0.5, "0.5 ms", "≤ 1", met=step["ours"] <= 0.5)
+    for row in rows:
+        if row["unit"] == "MiB":
+            ratio = row["ours"] / row["one reservation each"]
+            put(row["what"], ratio, "one reservation each", "grows with blocks in use", met=ratio < 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    as_json = parser.parse_args().json
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    about = header(model="Llama shape, 14 M parameters, random weights, fp32", runs=RUNS, new_tokens=NEW)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(save(LLAMA_14M, Path(folder)))
+    judge(rows)
+    show(about, rows, as_json=as_json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The usual decoder in fewer operations: used only where it gives the same logits, and no weight is kept twice."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chatpage.model import fused
+from chatpage.model.fused import FusedModel
+from chatpage.model.load import LoadedModel, load
+from tests.families import make_family
+
+Loads = Callable[..., LoadedModel]
+
+
+@pytest.fixture
+def loads(tmp_path: Path) -> Loads:
+    return lambda family, **config: load(
+        make_family(family, tmp_path / family, **config), device="cpu", dtype="float32"
+    )
+
+
+def is_fused(model: LoadedModel) -> bool:
+    return isinstance(getattr(model.forward, "__self__", None), FusedModel)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"])
+def test_the_usual_decoder_is_fused(family: str, loads: Loads) -> None:
+    assert is_fused(loads(family))
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gpt_oss", "cohere", "phi3"])
+def test_others_stay_as_they_are(family: str, loads: Loads) -> None:
+    """gemma has the usual names, and norms of its own."""
+    assert not is_fused(loads(family))
+
+
+@pytest.mark.parametrize("factor", ["embedding_multiplier", "residual_multiplier", "logits_scaling"])
+def test_the_usual_names_are_not_enough(factor: str, loads: Loads) -> None:
+    assert not is_fused(loads("granite", **{factor: 1.5}))
+
+
+def test_no_weight_is_kept_twice(loads: Loads) -> None:
+    model = loads("llama")
+    layer = model.module.get_decoder().layers[1]
+    query, key, value = (getattr(layer.self_attn, name).weight for name in ("q_proj", "k_proj", "v_proj"))
+    assert query.untyped_storage().data_ptr() == key.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
+    assert query.untyped_storage().nbytes() == query.nbytes + key.nbytes + value.nbytes
+
+
+def swaps_the_halves(model: FusedModel, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
+    cos, sin = (part[0, :, None] for part in model._rotary(hidden[None], positions[None]))
+    first, second = sin.chunk(2, dim=-1)
+    return cos, torch.cat([first, -second], dim=-1)
+
+
+def forgets_the_positions(model: FusedModel, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
+    cos, sin = (part[0, :, None] for part in model._rotary(hidden[None], positions[None]))
+    return torch.ones_like(cos), torch.zeros_like(sin)
+
+
+@pytest.mark.parametrize("wrong", [swaps_the_halves, forgets_the_positions])
+def test_what_computes_something_else_is_not_used(
+    wrong: Callable[..., Any], loads: Loads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FusedModel, "_rotation", wrong)
+    assert not is_fused(loads("llama"))
+
+
+def test_an_error_in_it_is_no_error_of_the_model(loads: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_joined", lambda weights: 1 / 0)
+    assert not is_fused(loads("llama"))
