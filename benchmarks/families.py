@@ -159,7 +159,8 @@ def table(rows: list[Row]) -> str:
         "Made by `python -m benchmarks.families --write`; do not edit. "
         f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, "
         f"Python {platform.python_version()}, {len(rows)} types of `AutoModelForCausalLM`.",
-        f"Each type got a tiny random checkpoint, with windows shorter than most prompts where its layers name their windows. "
+        "Each type got a tiny random checkpoint, with windows shorter than most prompts where its layers name their "
+        "windows. "
         f"{len(PROMPTS)} prompts of {min(PROMPTS)} to {max(PROMPTS)} tokens were answered at once, in fp32 on a CPU, "
         f"in chunks of 7 tokens and blocks of 4; the {ANSWER} tokens of each greedy answer are compared with those of "
         "`generate` under transformers' own attention, in a process without ChatPage. "
