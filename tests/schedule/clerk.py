@@ -66,6 +66,7 @@ class Clerk:
         assert bool(chosen or step.exhausted) == had_work, "an empty step although there is work"
         for sequence in step.exhausted:
             assert not self.fits(len(sequence.tokens), sequence.system_tokens), "ended although it fits"
+            assert sequence not in step.preempted, "lost its blocks although nobody else needs them"
         self._check_running(before, step)
         self._check_started(before, step)
 

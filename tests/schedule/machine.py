@@ -359,6 +359,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert chunk.start + chunk.count <= len(chunk.sequence.tokens)
             assert chunk.start == chunk.sequence.computed - (not chunk.stores), "tokens are left out, or run twice"
             assert chunk.stores or (chunk.count == 1 and chunk.reaches_end)
+            is_prefill = chunk.sequence.generated == 0 and not chunk.reaches_end
+            assert chunk.sequence.state == ("prefill" if is_prefill else "decode")
 
     # -- what was computed ----------------------------------------------------------------------------------------
 
