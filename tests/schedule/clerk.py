@@ -36,6 +36,7 @@ class Clerk:
         self.pool = scheduler.pool
         self.view = view
         self.admitted = admitted
+        self._cached: dict[Sequence, int | None] = {}
         self._ahead: dict[Sequence, int] = {}  # how many waited when it came, itself included
         self._overtaken: Counter[Sequence] = Counter()  # how many new ones were started when it might have been
 
@@ -54,8 +55,13 @@ class Clerk:
             self.admitted,
         )
 
-    def count_admitted(self, before: Before) -> None:
-        self.admitted += sum(sequence.cached is not None for sequence in before.waiting)
+    def count_admitted(self, before: Before, step: Step) -> None:
+        """New ones are counted, and each remembers from then on how much it found."""
+        new = [sequence for sequence in before.waiting if sequence not in self.scheduler.waiting]
+        self.admitted += len(new)
+        found = {chunk.sequence: chunk.start + (not chunk.stores) for chunk in step.chunks}
+        self._cached.update({sequence: found.get(sequence, sequence.cached) for sequence in new})
+        assert all(sequence.cached == self._cached.get(sequence) for sequence in (*before.waiting, *found))
 
     # -- a step's checks ------------------------------------------------------------------------------------------
 

@@ -308,8 +308,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def stop_in_step(self) -> None:
         """All are ended between the copies of a step and its writes: what was not written is not found."""
         before = self.clerk.before()
-        self.model.copy(self.scheduler.schedule().copies)
-        self.clerk.count_admitted(before)
+        step = self.scheduler.schedule()
+        self.model.copy(step.copies)
+        self.clerk.count_admitted(before, step)
         for sequence in self.live():
             self.scheduler.end(sequence, "abort")
 
@@ -329,7 +330,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler, failed, before = self.scheduler, self.pool.failed, self.clerk.before()
         step = scheduler.schedule()
         chosen = [chunk.sequence for chunk in step.chunks]
-        self.clerk.count_admitted(before)
+        self.clerk.count_admitted(before, step)
         for sequence in chosen:
             if sequence not in before.running:
                 self.entered[sequence.id] = self.era

@@ -75,6 +75,8 @@ FAULTS = [
     ("prefers whom it has served most", "_by_turn", "(s.session.served, s.id)", "(-s.session.served, s.id)"),
     ("lets some wait as long as others come", "_by_turn", "self._admitted % PATIENCE == PATIENCE - 1", "False"),
     ("loses patience at once", "_by_turn", "self._admitted % PATIENCE == PATIENCE - 1", "True"),
+    ("forgets whom it has admitted", "_admit", "self._admitted += 1", "pass"),
+    ("counts anew what was found when one comes back", "_admit", "if sequence.cached is None:", "if True:"),
     ("keeps the last table while the next turn runs", "_admit", "self.wake(", "id(str)  # ("),
     ("runs the latest admitted last", "_admit", "self.running.sort(key=lambda s: s.id)", "pass"),
     ("waits for ever", "_awaits_block", "other.is_running and other.computed < end", "other.computed < end"),
