@@ -138,6 +138,9 @@ def attention(
         packed = query.reshape(rows, kv_heads, -1, query.shape[-1])
         return F.scaled_dot_product_attention(packed, key, value, mask, scale=scaling).reshape(rows, heads, 1, -1)
     packed = query.reshape(rows, kv_heads, -1, query.shape[-1])
+    is_plain = softcap is None and sinks is None and key.shape[-1] == value.shape[-1]
+    if is_plain and shared is not None and mask is not None and query.is_cpu:
+        return _merged(packed, key, value, mask, scaling, *shared).reshape(rows, heads, queries, -1)
     scores = packed @ key.transpose(2, 3)
     if shared is not None:
         scores = torch.cat([_product_with_shared(packed, shared[0].transpose(2, 3)), scores], dim=-1)
@@ -155,6 +158,22 @@ def attention(
     if shared is not None:
         answer += _product_with_shared(weights[..., :before], shared[1])
     return answer.view(rows, heads, queries, -1)
+
+
+def _merged(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, *shared: Tensor) -> Tensor:
+    """Attention to the shared keys and to each row's own, merged by the logarithms of their weights' sums.
+
+    Faster than with one softmax over both: this kernel, the one behind `scaled_dot_product_attention`, never writes the
+    scores down, and it hands out the sums.
+    """
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    together = query.transpose(0, 1).flatten(1, 2)[None]
+    out, sums = kernel(together, *shared, scale=scaling)
+    first = out[0].unflatten(1, (query.shape[0], -1)).transpose(0, 1)
+    first_sums = sums[0].unflatten(1, (query.shape[0], -1)).transpose(0, 1)
+    bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+    own, own_sums = kernel(query, key, value, attn_mask=bias, scale=scaling)
+    return own.lerp(first, (first_sums - own_sums).sigmoid()[..., None].to(own.dtype))
 
 
 def _product_with_shared(rows: Tensor, shared: Tensor) -> Tensor:

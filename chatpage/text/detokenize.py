@@ -3,7 +3,7 @@
 import re
 from functools import lru_cache
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # A byte-fallback tokenizer decodes a run of these as one piece: whether its bytes are text is known when the run ends.
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -23,6 +23,8 @@ class Detokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        # The same text, without what transformers does around it for every call.
+        self._fast = tokenizer.backend_tokenizer if isinstance(tokenizer, PreTrainedTokenizerFast) else None
         self._silent = silent_ids(tokenizer)
         self._window: list[int] = []
         self._sent = 0  # characters of the window's text
@@ -58,6 +60,8 @@ class Detokenizer:
             self._window, self._sent = window, len(text) - text.endswith(REPLACEMENT)
 
     def _decode(self, ids: list[int]) -> str:
+        if self._fast is not None:
+            return self._fast.decode(ids, skip_special_tokens=True)
         text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)  # one sequence in, one text out
         return text

@@ -82,11 +82,12 @@ def test_every_query_sees_its_own_context(window, softcap, with_sinks, tile, mon
 @pytest.mark.parametrize("window", [None, 6, 64])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_decodes_that_share_blocks_read_them_once(window, softcap, with_sinks, monkeypatch):
+@pytest.mark.parametrize("value_size", [VALUE_SIZE, KEY_SIZE])
+def test_decodes_that_share_blocks_read_them_once(window, softcap, with_sinks, value_size, monkeypatch):
     """Three decodes behind a prefix of 12 tokens, one that shares only 4 of them, and one that shares none."""
     monkeypatch.setattr(reference, "WORTH_SHARING", 1)
     random = torch.Generator().manual_seed(4)
-    pool = KVPool((LayerShape(KV_HEADS, KEY_SIZE, VALUE_SIZE),), 40, BLOCK_SIZE, "cpu", torch.float32)
+    pool = KVPool((LayerShape(KV_HEADS, KEY_SIZE, value_size),), 40, BLOCK_SIZE, "cpu", torch.float32)
     pool.keys[0].fill_(torch.nan)
     pool.values[0].fill_(torch.nan)
     tables = [[9, 2, 31, 5], [9, 2, 31, 12, 8], [9, 2, 31, 7, 20, 6], [9, 14, 15], [3, 4]]
@@ -96,7 +97,7 @@ def test_decodes_that_share_blocks_read_them_once(window, softcap, with_sinks, m
         missing = pool.flat(pool.keys[0])[slots].isnan()[:, 0, 0]
         count = int(missing.sum())
         key = torch.randn(count, KV_HEADS, KEY_SIZE, generator=random)
-        pool.store(0, slots[missing], key, torch.randn(count, KV_HEADS, VALUE_SIZE, generator=random))
+        pool.store(0, slots[missing], key, torch.randn(count, KV_HEADS, value_size, generator=random))
     keys, values = pool.flat(pool.keys[0]).clone(), pool.flat(pool.values[0]).clone()
     batch = Batch.build([Row([0], n - 1, t) for t, n in zip(tables, lengths, strict=True)], block_size=BLOCK_SIZE)
     query = torch.randn(len(tables), HEADS, KEY_SIZE, generator=random)
