@@ -16,7 +16,8 @@ chat: $(VENV)/.installed
 
 test: chromium
 	@$(MAKE) --no-print-directory --jobs=2 lint panel
-	$(PY) -m pytest --numprocesses 2 --dist loadfile
+	@# One thread each: on models this small, two processes with two threads only wait for each other.
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(PY) -m ruff check
