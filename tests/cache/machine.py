@@ -45,6 +45,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.resting: set[int] = set()  # sessions
         self.ids = 0
         self.copies = self.hits = 0
+        self.ends = False  # whether a turn is just being ended
 
     # -- events, heard as they come -------------------------------------------------------------------------------
 
@@ -52,6 +53,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert event.kind != "release" or event.ref >= 0, f"block {event.block} is released once too often"
         self.snapshot.apply(event)
         if event.kind == "publish":
+            assert self.ends or event.fill == self.pool.block_size, "the tail of a turn that goes on is published"
             self.published.add(event, self.live[event.sequence])
         elif event.kind in ("unpublish", "evict"):
             self.published.remove(event.block)
@@ -231,7 +233,9 @@ class CacheMachine(RuleBasedStateMachine):
 
     def publish_all(self, sequence: LiveSequence, *, tail: bool = False) -> None:
         length = len(sequence.tokens)
+        self.ends = tail
         sequence.table.publish(sequence.tokens, length, tail=tail)
+        self.ends = False
         self.expect_found(sequence, length if tail else length - length % self.pool.block_size)
 
     def expect_found(self, sequence: LiveSequence, count: int) -> None:
@@ -287,7 +291,9 @@ class CacheMachine(RuleBasedStateMachine):
             return
         first = self.ask(SYSTEM, len(prompt), prompt)
         if first.tokens == prompt:
+            self.ends = True
             first.table.publish(prompt, len(prompt), tail=True)
+            self.ends = False
             for logical, block in enumerate(first.table.blocks):
                 self.pool.pin(block, logical=logical, at=len(prompt), name=name)
             self.pinned[name] = list(first.table.blocks)
@@ -327,6 +333,7 @@ class CacheMachine(RuleBasedStateMachine):
             numbers = self.memory.spell(node.tokens, spelt[node.parent.block])
             spelt[node.block] = numbers[-1]
             assert self.published.content[node.block] == numbers, f"block {node.block} holds something else"
+            assert all(node.parent.children.values()), "the tree keeps empty branches"
 
     def pinned_prompts_can_be_found_whole(self) -> None:
         for name in self.pinned:

@@ -33,7 +33,7 @@ def test_walks() -> None:
 
 # -- faults: each is one line of the cache, wrong ----------------------------------------------------------------------
 
-fork = BlockTable.fork
+fork, publish = BlockTable.fork, BlockTable.publish
 allocate, share, evict, settle = BlockPool.allocate, BlockPool.share, BlockPool._evict, BlockPool._settle
 find, insert, remove = PrefixTree.find, PrefixTree.insert, PrefixTree.remove
 
@@ -145,6 +145,20 @@ def stays_at_the_node_of_a_block_that_it_gave_back(table: BlockTable) -> None:
     table._published = min(table._published, table.length // table.pool.block_size)
 
 
+def publishes_the_tail_of_a_turn_that_goes_on(
+    table: BlockTable, tokens: Sequence[int], computed: int, *, tail: bool = False
+) -> None:
+    publish(table, tokens, computed, tail=True)
+
+
+def keeps_the_branches_of_nodes_that_have_gone(tree: PrefixTree, node: Node) -> list[int]:
+    parent, key = node.parent, (node.domain, node.tokens[0])
+    blocks = remove(tree, node)
+    assert parent is not None
+    parent.children.setdefault(key, {})
+    return blocks
+
+
 def forgets_to_say_that_a_block_is_unpublished(pool: BlockPool, block: int, reason: str) -> None:
     pool._forget(block)
 
@@ -153,6 +167,7 @@ FAULTS = [
     (BlockTable, "release", releases_twice),
     (BlockTable, "_may_publish", publishes_below_a_block_that_has_gone),
     (BlockTable, "_may_publish", gives_a_block_two_names),
+    (BlockTable, "publish", publishes_the_tail_of_a_turn_that_goes_on),
     (BlockTable, "fork", forks_to_a_node_that_the_child_does_not_have),
     (BlockTable, "_climb", stays_at_the_node_of_a_block_that_it_gave_back),
     (BlockPool, "needs_copy", misses_the_copy_of_a_shared_block),
@@ -169,6 +184,7 @@ FAULTS = [
     (PrefixTree, "find", finds_blocks_of_another_domain),
     (PrefixTree, "find", finds_less_than_there_is),
     (PrefixTree, "insert", compares_only_the_tokens_of_the_block),
+    (PrefixTree, "remove", keeps_the_branches_of_nodes_that_have_gone),
     (PrefixTree, "remove", forgets_a_block_but_not_its_children),
 ]
 

@@ -1,11 +1,10 @@
 """Who runs and who is started in a step, worked out anew from the rules; the scheduler must have come to the same."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from chatpage.cache.prefix import common_length
-from chatpage.events import Snapshot
 from chatpage.schedule.scheduler import PATIENCE, Chunk, Scheduler, Step
 from chatpage.schedule.sequence import Sequence
 from chatpage.schedule.session import Session
@@ -20,21 +19,22 @@ class Before:
     waiting: list[Sequence]
     resting: list[Session]
     held_back: set[Sequence]  # until somebody has computed a block
-    evicted: int  # blocks, so far
+    era: int
     admitted: int  # new ones, so far
 
 
 class Clerk:
     """Looks over the scheduler's shoulder.
 
-    Attributes:
+    Args:
+        era: a number that grows when a block is lost that somebody might have found.
         admitted: how many new ones were started, so far.
     """
 
-    def __init__(self, scheduler: Scheduler, view: Snapshot, admitted: int) -> None:
+    def __init__(self, scheduler: Scheduler, era: Callable[[], int], admitted: int) -> None:
         self.scheduler = scheduler
         self.pool = scheduler.pool
-        self.view = view
+        self.era = era
         self.admitted = admitted
         self._cached: dict[Sequence, int | None] = {}
         self._ahead: dict[Sequence, int] = {}  # how many waited when it came, itself included
@@ -51,7 +51,7 @@ class Clerk:
             list(scheduler.waiting),
             list(scheduler.resting),
             {s for s in (*scheduler.preempted, *scheduler.waiting) if s.awaits is not None},
-            self.view.counters["evicted"],
+            self.era(),
             self.admitted,
         )
 
@@ -146,18 +146,19 @@ class Clerk:
     def _waits(self, sequence: Sequence, before: Before | None = None) -> bool:
         """Whether somebody who runs computes a whole block that it needs too, and could find.
 
-        That is the block after what is found; where it waited before, or something was evicted in this step, it may
-        have been another one.
+        That is the block after what is found; where it waited before, or a block was lost in this step, it may have
+        been another one.
         """
         size = self.pool.block_size
         found = sum(length for _, length in sequence.table.matches(sequence.tokens))
         end = found // size * size + size
-        is_sure = before and sequence not in before.held_back and self.view.counters["evicted"] == before.evicted
+        is_sure = before and sequence not in before.held_back and before.era == self.era()
         for other in self.scheduler.running:
             if (other.table.domain, other.system_tokens) != (sequence.table.domain, sequence.system_tokens):
                 continue
             common = common_length(other.tokens, sequence.tokens) // size * size
-            if other.computed < common and (other.computed < end <= common or not is_sure):
+            is_next = other.computed < end <= common and other.table.is_findable
+            if is_next or (other.computed < common and not is_sure):
                 return True
         return False
 

@@ -74,7 +74,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.system = tuple(system[: (num_blocks - 2) * block_size])
         if self.system:
             pin_system(self.scheduler, self.model, self.system)
-        self.clerk = Clerk(self.scheduler, self.view, admitted=1 if self.system else 0)
+        self.clerk = Clerk(self.scheduler, lambda: self.era, admitted=1 if self.system else 0)
         self.visitors = [self.session(n) for n in range(VISITORS)]
 
     # -- events, heard as they come -------------------------------------------------------------------------------
@@ -84,6 +84,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.heard.append(event)
         kind, block = event.kind, event.block
         if kind == "publish" and (sequence := self.known.get(event.sequence)):
+            is_full = event.fill == self.pool.block_size
+            assert is_full or sequence not in self.scheduler.running, "the tail of a turn that goes on is published"
             start = sequence.table.blocks.index(block) * self.pool.block_size
             end = start + event.fill
             self.domain[block] = SYSTEM if end <= sequence.system_tokens else sequence.table.domain
