@@ -183,7 +183,6 @@ class Scheduler:
 
     def _rest(self, sequence: Sequence, reason: str) -> None:
         session = sequence.session
-        self.wake(session, "a later turn rests")
         session.resting, session.rested_at = sequence, time.monotonic()
         self.resting[session] = None
         self._become(sequence, "resting", reason)
