@@ -132,7 +132,8 @@ class Conversation:
         """Answer the last question again. The answer that it has stays, in a branch of its own."""
         if not self._exchanges:
             raise RequestError("There is no question yet that could be answered again.")
-        return self._ask(self._exchanges[:-1], self._exchanges[-1].question, params)
+        *before, last = self._exchanges
+        return self._ask(before, last.question, params, last.prompt)
 
     def edit(self, index: int, text: str, params: SamplingParams) -> Stream:
         """Put another question in place of message `index`. That one and what came after it stay, in their branch."""
@@ -242,7 +243,8 @@ class Conversation:
 
     # -- one turn -------------------------------------------------------------------------------------------------
 
-    def _ask(self, before: list[Exchange], text: str, params: SamplingParams) -> Stream:
+    def _ask(self, before: list[Exchange], text: str, params: SamplingParams, prompt: Prompt | None = None) -> Stream:
+        """A new branch after `before`; with `prompt`, which its tokens are known to be."""
         self._require_quiet()
         if not text.strip():
             raise RequestError("The message is empty.", param="messages")
@@ -252,7 +254,7 @@ class Conversation:
             )
         if not self.engine.has_session(self.session.key):  # closed meanwhile: its text lives here
             self.session = self.engine.open_session()
-        exchange = Exchange(text, self._prompt(before, text), before[-1] if before else None)
+        exchange = Exchange(text, prompt or self._prompt(before, text), before[-1] if before else None)
         request = Request(exchange.prompt, params, session=self.session.key)
         exchange.stream = self.engine.stream(request, exchange.hear)
         self._asked.append(exchange)

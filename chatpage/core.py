@@ -250,7 +250,10 @@ class Core:
                 self._finish(turn, "error" if error else "abort", error=error)
             except Exception:  # the other readers wait too
                 log.exception("A turn could not be ended in order")
-        self._hand_out()
+        try:
+            self._hand_out()
+        except Exception:  # the readers were told all the same
+            log.exception("The events of the end do not fit")
 
     # -- watching -------------------------------------------------------------------------------------------------
 
@@ -299,12 +302,14 @@ class Core:
             self.check()
 
     def _hand_out(self) -> None:
-        """Tell the listeners, then the readers."""
-        self._hand_out_events()
-        outbox, self._outbox = self._outbox, []
-        for stream, delta in outbox:
-            stream.put(delta)
-        Stream.wake({stream for stream, _ in outbox})
+        """Tell the listeners, then the readers, who hear it whatever becomes of the events."""
+        try:
+            self._hand_out_events()
+        finally:
+            outbox, self._outbox = self._outbox, []
+            for stream, delta in outbox:
+                stream.put(delta)
+            Stream.wake({stream for stream, _ in outbox})
 
     def _compute(self, step: Step) -> list[Drawn]:
         """Run one step, end whom it fails, and publish what it computed. Returns what each chunk gave."""
@@ -321,7 +326,7 @@ class Core:
         """What each chunk gave; an error for those whose computation raises.
 
         Raises:
-            RuntimeError: all of them raise, and so does a token that nobody asked for.
+            RuntimeError: all of them fail, and so does a token that nobody asked for.
         """
         try:
             self.runner.copy(step.copies)
@@ -329,7 +334,7 @@ class Core:
         except Exception:
             log.exception("The block copies of a step failed")
             drawn = [FAILED] * len(step.chunks)
-        if all(given is FAILED for given in drawn):
+        if all(given.error for given in drawn):
             self.runner.require_sound()
         return drawn
 

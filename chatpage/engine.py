@@ -253,10 +253,10 @@ class Engine:
         self._enter_queue()
 
         def hear(delta: Delta) -> None:
-            if listener is not None:
-                listener(delta)
             if delta.state == "done":
                 self._leave_queue()
+            if listener is not None:
+                listener(delta)
 
         stream = Stream(lambda: self._post(lambda: self.core.cancel(stream)), hear)
         if not self._post(lambda: self.core.submit(request, self._session_of(request), stream)):

@@ -150,7 +150,7 @@ class Settings(BaseSettings):
             raise SettingError(f"--trace is {self.trace!r}, which is a folder; it must be a file.")
         if longest is None:
             return
-        positions = _positions(model) if model else None
+        positions = _most_positions(model) if model else None
         if positions and longest > positions:
             raise SettingError(f"--max-model-len is {longest}, but this model's contexts end at {positions} tokens.")
         needed = -(-longest // self.block_size)
@@ -225,14 +225,17 @@ def nearest(name: str) -> str:
     return difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
 
 
-def _positions(model: Path) -> int | None:
-    """The longest context by the model's configuration, if it says so. Loading may find reasons for a shorter one."""
+def _most_positions(model: Path) -> int | None:
+    """The longest context by the model's configuration, if it sets a limit. Loading may find a lower one."""
     try:
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        positions = config.get("text_config", config).get("max_position_embeddings")
+        text = config.get("text_config", config)
+        positions = text.get("max_position_embeddings")
+        rope = str(text.get("rope_parameters") or text.get("rope_scaling"))
     except (OSError, ValueError, AttributeError):  # loading says what is wrong with it
         return None
-    return positions if isinstance(positions, int) else None
+    can_be_longer = "'dynamic'" in rope  # this kind of RoPE is made for the length that is wished
+    return positions if isinstance(positions, int) and not can_be_longer else None
 
 
 def _plain_type(annotation: Any) -> Any:

@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 from chatpage.schedule.request import Delta
+
+log = logging.getLogger(__name__)
 
 
 class Stream(AsyncIterator[Delta]):
@@ -36,7 +39,10 @@ class Stream(AsyncIterator[Delta]):
     def put(self, delta: Delta) -> None:
         """Add a delta. An async reader is not woken by this: see `wake`."""
         if self._listener:
-            self._listener(delta)
+            try:
+                self._listener(delta)
+            except Exception:  # a mistake of one reader's keeps no other waiting
+                log.exception("A stream's listener failed")
         with self._lock:
             self._pending = self._pending.then(delta) if self._pending else delta
             self._finished = delta.state == "done"

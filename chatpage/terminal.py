@@ -1,7 +1,7 @@
 """`chatpage chat`: the same engine for one person, in a terminal.
 
-Answers go to stdout, everything else (progress, figures, mistakes) to stderr. Where stdin or stdout is no terminal,
-each line is a message, and there is no prompt.
+Answers and what commands draw go to stdout, everything else (progress, figures, mistakes) to stderr. Where stdin or
+stdout is no terminal, each line is a message or a command, and there is no prompt.
 """
 
 import contextlib
@@ -109,7 +109,7 @@ class Chat:
     def run(self) -> int:
         """Read and answer until the end. Where nobody watches, the status is 1 if anything could not be answered."""
         for line in self._typed() if self.interactive else sys.stdin:
-            if line.strip() == "/quit":
+            if line.split()[:1] == ["/quit"]:
                 break
             try:
                 self._obey(line.rstrip("\r\n"))
@@ -118,12 +118,19 @@ class Chat:
         return 1 if self.failures and not self.interactive else 0
 
     def _typed(self) -> Iterator[str]:
-        """What is typed line by line, up to Ctrl-D or Ctrl-C."""
+        """What is typed line by line, up to Ctrl-D. Ctrl-C clears the line: it may have been meant for an answer."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - gives `input` a history and keys to edit with
-        with contextlib.suppress(EOFError, KeyboardInterrupt):
-            while True:
-                yield input(f"{len(self.talk.asked) + 1}> ")
+        while True:
+            try:
+                line = input(f"{len(self.talk.asked) + 1}> ")
+            except KeyboardInterrupt:
+                print()
+                note("Ctrl-D or /quit ends the chat.")
+            except EOFError:
+                break
+            else:
+                yield line
         print()
 
     def _obey(self, line: str) -> None:
@@ -192,7 +199,8 @@ class Chat:
     def _blocks(self, _: str) -> None:
         session = self.talk.session
         described = self.engine.describe(session.view_token)
-        texts = {place["id"]: [token["text"] for token in place["tokens"]] for place in (described or {})["sequences"]}
+        assert described is not None  # the view token is that of the chat's own session
+        texts = {place["id"]: [token["text"] for token in place["tokens"]] for place in described["sequences"]}
         for line in self.watch.drawing(session.id, texts):
             print(line[: _columns()])
 

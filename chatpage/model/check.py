@@ -9,7 +9,7 @@ context see, and `probe` whether keys stay the same beside one of that length.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, cast
@@ -66,9 +66,10 @@ class Probe:
 
 @dataclass(slots=True)
 class _Recorder:
-    """Attends to nothing, and remembers what it was given: the keys (tokens, kv_heads, key_size) of each layer."""
+    """Attends to nothing, and remembers what it was given: (tokens, heads or kv_heads, key_size) of each layer."""
 
     shapes: list[LayerShape] = field(default_factory=list)
+    queries: list[Tensor] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
     calls: list[AttentionCall] = field(default_factory=list)
 
@@ -85,6 +86,7 @@ class _Recorder:
         sinks: Tensor | None,
     ) -> Tensor:
         self.shapes.append(LayerShape(kv_heads=key.shape[1], key_size=key.shape[2], value_size=value.shape[2]))
+        self.queries.append(query.clone())
         self.keys.append(key.clone())
         self.calls.append(AttentionCall(scaling, window, softcap, sinks))
         return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
@@ -301,12 +303,29 @@ def self_check(module: PreTrainedModel, found: Probe, *, max_positions: int) -> 
     return notes
 
 
-def agrees(module: PreTrainedModel, compute: Forward, found: Probe) -> bool:
-    """Whether another way to compute the model gives its logits, over a paged pool."""
+def agrees(module: PreTrainedModel, compute: Forward, found: Probe, longest: int) -> bool:
+    """Whether another way to compute the model gives its logits over a paged pool, in contexts of any length."""
     sequences = torch.randint(vocabulary(module), (2, TOKENS), generator=torch.Generator().manual_seed(1))
     expected = _own_logits(module, sequences)
     difference = _difference(_paged_logits(module, compute, found, sequences), expected)
-    return difference <= _allowed(module, sequences, expected)
+    return difference <= _allowed(module, sequences, expected) and _asks_alike(module, compute, longest)
+
+
+@torch.inference_mode()
+def _asks_alike(module: PreTrainedModel, compute: Forward, longest: int) -> bool:
+    """Whether both ask attention with the same queries and keys, at the end of the longest context too."""
+    batch = Batch.build([Row([0] * 5, 0, [1, 2])], block_size=BLOCK_SIZE, device=module.device)
+    batch = replace(batch, positions=torch.tensor([0, 1, 2, 3, longest - 1], device=module.device))
+    own, other = _Recorder(), _Recorder()
+    forward(module, batch, own)
+    compute(batch, other)
+    asked = zip(own.queries + own.keys, other.queries + other.keys, strict=True)
+    layers = 2 * list(range(1, len(own.keys) + 1))  # each adds its rounding
+    rounding = 4 * torch.finfo(module.dtype).eps
+    return all(
+        bool((b.float() - a.float()).norm() <= layer * rounding * a.float().norm())
+        for layer, (a, b) in zip(layers, asked, strict=True)
+    )
 
 
 def _allowed(module: PreTrainedModel, sequences: Tensor, expected: Tensor) -> float:

@@ -90,7 +90,7 @@ def load(
                 f"Contexts end at {longest} tokens: past them transformers hides or forgets others than the layers say."
             )
         notes += self_check(module, found, max_positions=max_positions)
-        compute = _fastest(module, found)
+        compute = _fastest(module, found, max_positions)
     except ModelError as error:
         raise ModelError(f"model {str(path)!r} cannot be used: {error}") from error
     return LoadedModel(
@@ -201,16 +201,16 @@ def _first_sentence(error: Exception) -> str:
     return lines[0]
 
 
-def _fastest(module: PreTrainedModel, found: Probe) -> Forward:
+def _fastest(module: PreTrainedModel, found: Probe, longest: int) -> Forward:
     """The fused model, where this one is the usual decoder; else the module as it is."""
     try:
         fused = FusedModel(module, found.calls).forward
-        if agrees(module, fused, found):
+        if agrees(module, fused, found, longest):
             return fused
     except NotUsual:
         pass
     except Exception as error:  # modules with the usual names may do anything
-        log.debug("The usual names, but not the usual decoder: %r", error)
+        log.info("The usual names, but not the usual decoder: %r", error)
     return partial(forward, module)
 
 

@@ -20,6 +20,8 @@ from chatpage.cache.prefix import common_length
 from chatpage.model.batch import Batch, Row
 from chatpage.model.kv import KVPool
 
+Pair = tuple[Tensor, Tensor]  # keys and values
+
 # Queries of a chunk that attend at once: bounds the scores, and spares the early ones the keys of the later ones.
 TILE = 128
 # Decodes attend together where what each reads for itself differs by a factor of two at most; below SHORT, always.
@@ -118,7 +120,7 @@ def attention(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    shared: tuple[Tensor, Tensor] | None = None,
+    shared: Pair | None = None,
 ) -> Tensor:
     """Softmax attention with grouped heads: (rows, heads, queries, value_size).
 
@@ -131,40 +133,57 @@ def attention(
     """
     rows, heads, queries, _ = query.shape
     kv_heads = key.shape[1]
-    if softcap is None and sinks is None and shared is None:
-        if queries > 1:
-            return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=heads > kv_heads)
-        # One query a row: the heads that share keys become its queries, so that no key is repeated.
-        packed = query.reshape(rows, kv_heads, -1, query.shape[-1])
-        return F.scaled_dot_product_attention(packed, key, value, mask, scale=scaling).reshape(rows, heads, 1, -1)
+    is_plain = softcap is None and sinks is None
+    if is_plain and shared is None and queries > 1:
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=heads > kv_heads)
+    # The heads that share keys become queries of one head, so that no key is repeated.
     packed = query.reshape(rows, kv_heads, -1, query.shape[-1])
-    is_plain = softcap is None and sinks is None and key.shape[-1] == value.shape[-1]
-    if is_plain and shared is not None and mask is not None and query.is_cpu:
-        return _merged(packed, key, value, mask, scaling, *shared).reshape(rows, heads, queries, -1)
-    scores = packed @ key.transpose(2, 3)
+    if is_plain and shared is None:
+        answer = F.scaled_dot_product_attention(packed, key, value, mask, scale=scaling)
+    elif is_plain and shared and mask is not None and query.is_cpu and key.shape[-1] == value.shape[-1]:
+        answer = _merged(packed, key, value, mask, scaling, shared)
+    else:
+        answer = _explicit(packed, key, value, mask, scaling, softcap, sinks, shared)
+    return answer.reshape(rows, heads, queries, -1)
+
+
+def _explicit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    shared: Pair | None,
+) -> Tensor:
+    """Attention as the formula says: (rows, kv_heads, queries of all heads that share keys, value_size)."""
+    rows, kv_heads = query.shape[:2]
+    query = query.float() * scaling  # products of unscaled half-precision numbers may overflow
+    scores = query @ key.float().transpose(2, 3)
     if shared is not None:
-        scores = torch.cat([_product_with_shared(packed, shared[0].transpose(2, 3)), scores], dim=-1)
+        scores = torch.cat([_product_with_shared(query, shared[0].float().transpose(2, 3)), scores], dim=-1)
     before = scores.shape[-1] - key.shape[2]
-    scores = scores.float().mul_(scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
-        scores[..., before:].unflatten(2, (-1, queries)).masked_fill_(~mask[:, :, None], -torch.inf)
+        scores[..., before:].unflatten(2, (-1, mask.shape[2])).masked_fill_(~mask[:, :, None], -torch.inf)
     if sinks is not None:
+        queries = scores.shape[2] * kv_heads // len(sinks)
         column = sinks.float().view(1, kv_heads, -1, 1, 1).expand(rows, -1, -1, queries, -1)
         scores = torch.cat([scores, column.flatten(2, 3)], dim=-1)
     weights = scores.softmax(-1).to(value.dtype)
     answer = weights[..., before : before + key.shape[2]] @ value
     if shared is not None:
         answer += _product_with_shared(weights[..., :before], shared[1])
-    return answer.view(rows, heads, queries, -1)
+    return answer
 
 
-def _merged(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, *shared: Tensor) -> Tensor:
+def _merged(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, shared: Pair) -> Tensor:
     """Attention to the shared keys and to each row's own, merged by the logarithms of their weights' sums.
 
     Faster than with one softmax over both: this kernel, the one behind `scaled_dot_product_attention`, never writes the
-    scores down, and it hands out the sums.
+    scores down, and it hands out the sums. (It is no public function: `tests/model/test_reference.py` sees it change.)
     """
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     together = query.transpose(0, 1).flatten(1, 2)[None]

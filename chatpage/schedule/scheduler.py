@@ -17,8 +17,8 @@ push anybody out. So the oldest sequence always makes progress.
 
 import itertools
 import time
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from chatpage.cache.pool import BlockPool, PoolFull
@@ -301,9 +301,9 @@ class Scheduler:
             matches = sequence.table.matches(sequence.tokens)
             if self._must_await(sequence, matches):
                 continue
-            if not self._make_room(sequence, matches):
+            if not self._has_room(sequence, matches):
                 if not self.running:
-                    step.exhausted.append(sequence)  # all is released by now, so it will never fit
+                    step.exhausted.append(sequence)  # it would have the pool for itself, so it will never fit
                 break
             self._admit(sequence, matches)
             ran = self._run(sequence, budget, step)
@@ -353,23 +353,31 @@ class Scheduler:
         sequence.awaits = None if filler is None else (filler, end)
         return filler is not None
 
-    def _make_room(self, sequence: Sequence, matches: list[tuple[Node, int]]) -> bool:
-        """Release resting tables until the first chunk fits, if that can be reached."""
-        while not self._has_room(sequence, matches):
-            if not self._release_longest_resting():
-                return False
-        return True
-
     def _has_room(self, sequence: Sequence, matches: list[tuple[Node, int]]) -> bool:
+        """Whether the first chunk fits beside all who run. Resting tables make way for it then (`_append`)."""
+        fits_now = self._fits(sequence, matches, frozenset())
+        return fits_now or (bool(self.resting) and self._fits(sequence, matches, self._held_by_resting()))
+
+    def _held_by_resting(self) -> set[int]:
+        """The blocks that nobody but resting tables holds."""
+        tables = [session.resting.table for session in self.resting if session.resting]
+        counts = Counter(block for table in tables for block in table.blocks)
+        return {block for block, n in counts.items() if n == self.pool.ref[block] and block not in self.pool.pinned}
+
+    def _fits(self, sequence: Sequence, matches: list[tuple[Node, int]], released: Collection[int]) -> bool:
+        """Whether the first chunk would fit if nobody held the blocks `released`."""
         pool, size = self.pool, self.pool.block_size
+
+        def is_held(block: int) -> bool:
+            return block in pool.pinned or (pool.ref[block] > 0 and block not in released)
+
         found = sum(length for _, length in matches)
         end = min(len(sequence.tokens), found + self.max_step_tokens)
         needed = -(-end // size) - len(matches)
         if found % size and end > found:
-            last = matches[-1][0].block
-            needed += pool.ref[last] > 0 or last in pool.pinned  # its first write will copy it
-        revived = sum(1 for node, _ in matches if pool.ref[node.block] == 0 and node.block not in pool.pinned)
-        return pool.available - revived >= needed
+            needed += is_held(matches[-1][0].block)  # its first write will copy it
+        revived = sum(not is_held(node.block) for node, _ in matches)
+        return pool.available + len(released) - revived >= needed
 
 
 def _share(a: Sequence, b: Sequence) -> bool:

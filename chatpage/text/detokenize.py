@@ -2,7 +2,9 @@
 
 import re
 from functools import lru_cache
+from typing import cast
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # A byte-fallback tokenizer decodes a run of these as one piece: whether its bytes are text is known when the run ends.
@@ -24,7 +26,9 @@ class Detokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         # The same text, without what transformers does around it for every call.
-        self._fast = tokenizer.backend_tokenizer if isinstance(tokenizer, PreTrainedTokenizerFast) else None
+        is_fast = isinstance(tokenizer, PreTrainedTokenizerFast)
+        is_plain = is_fast and type(tokenizer)._decode is PreTrainedTokenizerFast._decode
+        self._fast = cast(Tokenizer, tokenizer.backend_tokenizer) if is_plain else None
         self._silent = silent_ids(tokenizer)
         self._window: list[int] = []
         self._sent = 0  # characters of the window's text

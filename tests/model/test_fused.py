@@ -72,3 +72,15 @@ def test_what_computes_something_else_is_not_used(
 def test_an_error_in_it_is_no_error_of_the_model(loads: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_joined", lambda weights: 1 / 0)
     assert not is_fused(loads("llama"))
+
+
+def test_what_differs_in_long_contexts_only_is_not_used(loads: Loads) -> None:
+    """ministral3 has the usual names; past the length it was trained for, it makes queries larger."""
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "llama_4_scaling_beta": 0.5,
+    }
+    assert not is_fused(loads("ministral3", rope_parameters=rope))

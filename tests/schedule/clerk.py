@@ -123,11 +123,10 @@ class Clerk:
                 budget -= left.pop(0).count
                 admitted[0] += candidate in before.waiting
             elif self._waits(candidate, before):
-                if not left and not self._has_room(candidate):
+                if not left and not self._fits(candidate):
                     break  # either may have kept it back, so those behind it may be kept back too
             else:
-                assert not self._has_room(candidate), f"{candidate.id} is not started, and nothing is in its way"
-                assert not self.scheduler.resting, f"{candidate.id} is not started, although tables rest"
+                assert not self._fits(candidate), f"{candidate.id} is not started, and nothing is in its way"
                 break
         assert not left, f"{[chunk.sequence.id for chunk in left]} started out of turn"
 
@@ -162,15 +161,16 @@ class Clerk:
                 return True
         return False
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Whether its first chunk has room beside all who run."""
+    def _fits(self, sequence: Sequence) -> bool:
+        """Whether its first chunk has room beside all who run, if no table rested."""
         pool, size = self.pool, self.pool.block_size
+        held = pool.pinned.union(*(other.table.blocks for other in self.scheduler.running))
         matches = sequence.table.matches(sequence.tokens)
         found = sum(length for _, length in matches)
         end = min(len(sequence.tokens), found + self.scheduler.max_step_tokens)
-        idle = [node.block for node, _ in matches if not pool.ref[node.block] and node.block not in pool.pinned]
-        copies = end > found and found % size != 0 and matches[-1][0].block not in idle
-        return pool.available - len(idle) >= -(-end // size) - len(matches) + copies
+        shared = [node.block in held for node, _ in matches]
+        copies = end > found and found % size != 0 and shared[-1]
+        return pool.num_blocks - len(held) >= -(-end // size) - sum(shared) + copies
 
     def _check_patience(self, new: list[Sequence]) -> None:
         """Nobody waits for ever while newcomers keep coming."""

@@ -293,3 +293,40 @@ def test_what_a_failed_turn_wrote_last_is_not_found() -> None:
     desk.finish()
     assert again.cached == 0
     assert again.tokens[6:] == answer(again.tokens[:6], 5)
+
+
+def test_tables_rest_on_where_their_blocks_would_not_do() -> None:
+    """Ten blocks: four run, two sessions rest with two each, and nine are asked for."""
+    desk = Desk(num_blocks=10)
+    for first in (1, 2):
+        desk.submit(6, 2, first=first)
+        desk.finish()
+    desk.submit(14, first=3)
+    desk.step()
+    desk.submit(36, first=4)
+    desk.step()
+    assert len(desk.scheduler.resting) == 2
+    assert len(desk.scheduler.waiting) == 1
+
+
+def test_pinned_blocks_of_resting_tables_are_no_room() -> None:
+    """Ten blocks: four pinned, one more at rest, four run; two are asked for, and one and a resting one are there."""
+    desk = Desk(num_blocks=10)
+    system = tuple([2] * 16)
+    pin_system(desk.scheduler, desk.model, system)
+
+    def ask(*own: int) -> Sequence:
+        sequence = desk.scheduler.submit(desk.session(), Prompt((*system, *own), 16), SamplingParams())
+        desk.limits[sequence.id] = len(sequence.tokens) + len(own)
+        return sequence
+
+    ask(1, 1)
+    desk.finish()
+    running = desk.submit(15, first=2)
+    desk.step()
+    desk.submit(12, first=1)
+    step = desk.step()
+    assert not step.preempted
+    assert running.is_running
+    assert len(desk.scheduler.resting) == 1
+    assert len(desk.scheduler.waiting) == 1

@@ -67,7 +67,7 @@ FAULTS = [
     ("wakes the shortest rested", "_release_longest_resting", "iter(self.resting)", "reversed(self.resting)"),
     ("has no limit of sequences", "_admit_others", "self.max_sequences - len(self.running)", "self.max_sequences"),
     ("overtakes those who wait for a block", "_admit_others", "places -= 1", "pass"),
-    ("pushes others out for new ones", "_admit_others", "if not self._make_room(sequence, matches):", "if False:"),
+    ("pushes others out for new ones", "_admit_others", "if not self._has_room(sequence, matches):", "if False:"),
     ("starts others before one that has no room", "_admit_others",
      "break\n        self._admit", "continue\n        self._admit"),
     ("starts new ones before the preempted are back", "_by_turn", "if self.preempted:", "if False:"),
@@ -86,9 +86,10 @@ FAULTS = [
     ("waits for a block that is no whole one", "_must_await", " if len(wanted) == end else None", ""),
     ("waits for one in another domain", "_share", "a.table.domain == b.table.domain and", ""),
     ("waits for one under another system prompt", "_share", "a.system_tokens == b.system_tokens and", ""),
-    ("counts what is found as room too", "_has_room", "pool.available - revived", "pool.available"),
-    ("has no room for a copy", "_has_room", "needed += pool.ref[last] > 0 or last in pool.pinned", "pass"),
-    ("makes no room", "_make_room", "if not self._release_longest_resting():", "if True:"),
+    ("counts what is found as room too", "_fits", "len(released) - revived", "len(released)"),
+    ("has no room for a copy", "_fits", "needed += is_held(matches[-1][0].block)", "pass"),
+    ("does not know that resting tables make way", "_has_room", "bool(self.resting)", "False"),
+    ("takes what runs for what rests", "_held_by_resting", "n == self.pool.ref[block] and", ""),
 ]
 # fmt: on
 
