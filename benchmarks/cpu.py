@@ -11,9 +11,9 @@ because its thread is never idle while it lives.
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from benchmarks.shape import LLAMA_14M, save
 from chatpage.engine import Engine
 from chatpage.model.batch import Drawn, Row
 from chatpage.schedule.params import SamplingParams
-from chatpage.schedule.request import Prompt, Request
+from chatpage.schedule.request import Delta, Prompt, Request
 from chatpage.settings import Settings
 
 RUNS = 5
@@ -67,8 +67,17 @@ def start(folder: Path, **settings: Any) -> Engine:
 
 
 def serve(engine: Engine, prompts: list[Tokens], new: int = NEW) -> None:
+    """Answers are taken when they are whole, as the peers give them: reading along would take time from the step."""
     params = SamplingParams(temperature=0, max_tokens=new)
-    streams = [engine.stream(Request(Prompt(tuple(prompt)), params)) for prompt in prompts]
+    ended = threading.Semaphore(0)
+
+    def hear(delta: Delta) -> None:
+        if delta.state == "done":
+            ended.release()
+
+    streams = [engine.stream(Request(Prompt(tuple(prompt)), params), hear) for prompt in prompts]
+    for _ in streams:
+        ended.acquire()
     for stream in streams:
         *_, last = stream
         assert last.completion_tokens == new, last
@@ -171,7 +180,7 @@ class Stopwatch:
 
 
 def memory(folder: Path) -> list[dict[str, Any]]:
-    """Resident memory that sessions behind a shared prompt add, and that their blocks hold."""
+    """Peak resident memory while sessions behind a shared prompt are served and then rest, each in a fresh process."""
     context = multiprocessing.get_context("spawn")
     rows = []
     for sessions in SESSIONS:
@@ -184,7 +193,7 @@ def _memory(folder: Path, sessions: int) -> dict[str, Any]:
     engine = start(folder, sharing="all")
     prompts = Prompts()
     serve(engine, prompts.fresh(1, 8), new=4)
-    before = _resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, which loading made, is forgotten
     shared = prompts.fresh(1, SHARED)[0]
     keys = [engine.open_session().key for _ in range(sessions)]
     params = SamplingParams(temperature=0, max_tokens=NEW)
@@ -198,19 +207,21 @@ def _memory(folder: Path, sessions: int) -> dict[str, Any]:
     used = engine.core.view.counts()["used"]
     size = engine.core.runner.pool.bytes_per_block
     contiguous = sessions * MAX_MODEL_LEN // engine.block_size * size
-    added = _resident() - before
+    peak = _peak()
     engine.stop()
     return {
         "what": f"memory, {sessions} sessions of 512 shared + {OWN + NEW} tokens",
         "unit": "MiB",
-        "ours": added / 2**20,
+        "ours": peak / 2**20,
         "blocks in use": used * size / 2**20,
         "one reservation each": contiguous / 2**20,
     }
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def _peak() -> int:
+    """Bytes (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def timed(work: Callable[[], None]) -> float:
@@ -268,10 +279,10 @@ def judge(rows: list[dict[str, Any]]) -> None:
     put(warm["what"], ratio, "uncached", "≥ 6", met=ratio >= 6)
     step = by_name["schedule, tables and events, 64 sessions"]
     put(step["what"], step["ours"] / 0.5, "0.5 ms", "≤ 1", met=step["ours"] <= 0.5)
-    for row in rows:
-        if row["unit"] == "MiB":
-            ratio = row["ours"] / row["one reservation each"]
-            put(row["what"], ratio, "one reservation each", "grows with blocks in use", met=ratio < 1)
+    first, *more = [row for row in rows if row["unit"] == "MiB"]
+    for row in more:
+        ratio = (row["ours"] - first["ours"]) / (row["blocks in use"] - first["blocks in use"])
+        put(row["what"], ratio, "what the blocks grew by", "≤ 1.5 (grows with blocks in use)", met=ratio <= 1.5)
 
 
 def main() -> None:

@@ -80,7 +80,9 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat() -> None:
         terminal.expect("* 2  └─ What is a slot?")
         terminal.expect("3> ")
         time.sleep(0.3)  # readline is deaf for a moment, between its prompt and its first wait for a key
-        terminal.type("\x03")
+        terminal.type("\x03")  # meant for an answer that has just ended: the chat goes on
+        terminal.expect("3> ")
+        terminal.type("/quit now\n")
         assert terminal.end() == 0
 
 

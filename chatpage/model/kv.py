@@ -6,6 +6,8 @@
 Block 0 is the null block: what must not be kept is written there, and nobody reads it.
 """
 
+import math
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +50,8 @@ class KVPool:
         self.block_size = block_size
         self.bytes_per_block = bytes_per_block(layers, block_size, dtype)
         blocks = (num_blocks + 1, block_size)
-        # Zeroed memory is given out by the system page by page at the first write: an unused pool costs nothing on CPU.
-        self.keys = [torch.zeros(*blocks, s.kv_heads, s.key_size, device=device, dtype=dtype) for s in layers]
-        self.values = [torch.zeros(*blocks, s.kv_heads, s.value_size, device=device, dtype=dtype) for s in layers]
+        self.keys = [_zeros((*blocks, s.kv_heads, s.key_size), device, dtype) for s in layers]
+        self.values = [_zeros((*blocks, s.kv_heads, s.value_size), device, dtype) for s in layers]
 
     def store(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Write the keys (tokens, kv_heads, key_size) and values of one layer. Slot −1 is skipped: the null block's."""
@@ -70,6 +71,17 @@ class KVPool:
     def flat(blocks: Tensor) -> Tensor:
         """The same memory with one row a slot."""
         return blocks.flatten(0, 1)
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """Zeros. On a CPU the system gives the memory page by page, at the first write: blocks never used cost nothing."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    try:
+        pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    except (OSError, ValueError, OverflowError) as error:
+        raise MemoryError(f"{math.prod(shape)} numbers do not fit into memory") from error
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def bytes_per_block(layers: tuple[LayerShape, ...], block_size: int, dtype: torch.dtype) -> int:

@@ -1,5 +1,8 @@
 """The pool's tensors: copies, stores, and how many blocks there are."""
 
+import mmap
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -114,3 +117,18 @@ def test_no_memory_at_all():
 
 def test_free_memory_of_this_machine():
     assert free_memory("cpu") > 2**20
+
+
+def test_blocks_that_are_not_used_take_no_memory():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    before = resident()
+    pool = KVPool((LayerShape(kv_heads=8, key_size=64, value_size=64),), 4000, 16, "cpu", torch.float32)
+    assert pool.bytes_per_block * pool.num_blocks > 200 * 2**20
+    assert resident() - before < 8 * 2**20
+    slots = torch.arange(16, 16 * 501)
+    numbers = torch.ones(len(slots), 8, 64)
+    pool.store(0, slots, numbers, numbers)
+    assert 28 * 2**20 < resident() - before < 80 * 2**20
+    assert pool.keys[0][501:].count_nonzero() == 0
