@@ -314,9 +314,13 @@ class Core:
     def _compute(self, step: Step) -> list[Drawn]:
         """Run one step, end whom it fails, and publish what it computed. Returns what each chunk gave."""
         drawn = self._run(step)
-        for chunk, given in zip(step.chunks, drawn, strict=True):
-            if given.error and chunk.sequence.is_running:  # not preempted for another's failure: it may be innocent
-                self._fail(chunk.sequence, given.error)
+        errors = {c.sequence: given.error for c, given in zip(step.chunks, drawn, strict=True) if given.error}
+        if errors:
+            culprits, preempted = self.scheduler.distrust(list(errors))
+            for sequence in preempted:
+                self._tell(self.turns[sequence.id], "preempted")
+            for sequence in culprits:
+                self._fail(sequence, errors[sequence])
         self.scheduler.finish(step)
         self.counts["steps"] += 1
         self.counts["computed_tokens"] += sum(chunk.count for chunk in step.chunks)

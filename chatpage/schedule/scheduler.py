@@ -156,19 +156,37 @@ class Scheduler:
         """
         if sequence.state in ("resting", "done"):
             return []
+        _, holders = self.distrust([sequence])
         self._dequeue(sequence)
-        suspects = set(sequence.table.blocks) - self.pool.pinned
-        for block in sequence.table.blocks:
-            if block in suspects and self.pool.node[block] is not None:
-                self.pool.unpublish(block, reason)
         self._leave(sequence, reason)
-        for session in [s for s in self.resting if s.resting and suspects.intersection(s.resting.table.blocks)]:
-            self.wake(session, "a block that it held failed")
-        holders = [other for other in self.running if suspects.intersection(other.table.blocks)]
-        for holder in holders:
-            self._preempt(holder, "a block that it held failed")
         self._rest_on(sequence.session, reason)
         return holders
+
+    def distrust(self, broken: list[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
+        """The results of these sequences, the oldest first, cannot be trusted, nor can what they hold.
+
+        Who holds a block of an older broken one may be innocent. It loses all and computes again, as do all others
+        who hold a block of any of them. Of several, this is for all together, while each still has its table.
+
+        Returns:
+            Who must fail, and who was preempted.
+        """
+        held = {sequence: set(sequence.table.blocks) - self.pool.pinned for sequence in broken}
+        culprits: list[Sequence] = []
+        for sequence in broken:
+            if not any(held[sequence] & held[other] for other in culprits):
+                culprits.append(sequence)
+        suspects = set().union(*held.values())
+        for sequence in broken:
+            for block in sequence.table.blocks:
+                if block in suspects and self.pool.node[block] is not None:
+                    self.pool.unpublish(block, "its computation failed")
+        holders = [s for s in self.running if s not in culprits and suspects.intersection(s.table.blocks)]
+        for holder in holders:
+            self._preempt(holder, "a block that it held failed")
+        for session in [s for s in self.resting if s.resting and suspects.intersection(s.resting.table.blocks)]:
+            self.wake(session, "a block that it held failed")
+        return culprits, holders
 
     def _dequeue(self, sequence: Sequence) -> None:
         for queue in (self.running, self.preempted, self.waiting):

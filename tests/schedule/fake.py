@@ -153,12 +153,12 @@ def compute(
     for sequence in step.exhausted:
         scheduler.end(sequence, "length")
     drawn = model.run(step, broken)
-    for i, chunk in enumerate(step.chunks):
-        if broken >> i & 1 and chunk.sequence.is_running:
-            if fail:
-                fail(chunk.sequence)
-            else:
-                scheduler.fail(chunk.sequence, "error")
+    culprits, _ = scheduler.distrust([chunk.sequence for i, chunk in enumerate(step.chunks) if broken >> i & 1])
+    for sequence in culprits:
+        if fail:
+            fail(sequence)
+        else:
+            scheduler.fail(sequence, "error")
     scheduler.finish(step)
     for chunk, token in zip(step.chunks, drawn, strict=True):
         sequence = chunk.sequence
