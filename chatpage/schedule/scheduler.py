@@ -310,6 +310,8 @@ class Scheduler:
     def _admit_others(self, budget: int, step: Step) -> None:
         """Start sequences while places and budget last. None of them pushes another one out."""
         places = self.max_sequences - len(self.running)
+        if not budget or not places:  # the usual step of a full house need not sort those who wait
+            return
         for sequence in self._by_turn():
             if not budget or not places:
                 break

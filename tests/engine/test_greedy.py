@@ -152,12 +152,12 @@ def without_the_newest(reach: Reach) -> Reach:
     return without(reach, 0, 1)
 
 
+# Not with the tutor: it knows its answers by heart, and one token fewer does not change them.
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"], indirect=True)
 @pytest.mark.parametrize("fault", [without_the_first, without_the_newest])
 def test_a_context_that_is_too_short_would_be_seen(
     engine: Engine, oracle: Oracle, fault: Callable[[Reach], Reach], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not oracle.is_random:
-        pytest.skip("one token fewer does not change what a trained model says")
     reach = reference._reach
     monkeypatch.setattr(reference, "_reach", lambda group, batch, window: fault(reach(group, batch, window)))
     found, expected = answers(engine, oracle)

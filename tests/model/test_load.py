@@ -145,9 +145,8 @@ def test_a_family_that_sees_what_comes_after(checkpoint):
     refused(checkpoint("bert"), "'bert' do not see the tokens before each token, and only them")
 
 
-def test_no_gpu():
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU, so nothing is refused")
+def test_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SettingError, match="--device is cuda, but"):
         choose_device("cuda")
 
