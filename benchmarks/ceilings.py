@@ -25,17 +25,26 @@ class Ceilings:
 
     @classmethod
     def measure(cls, device: torch.device, dtype: torch.dtype) -> "Ceilings":
-        is_gpu = device.type == "cuda"
-        source = torch.empty(2**32 if is_gpu else 2**27, dtype=torch.uint8, device=device).random_()
-        target = torch.empty_like(source)
-        seconds = _seconds(lambda: target.copy_(source), device)
-        copy = 2 * source.numel() / seconds
-        size = 8192 if is_gpu else 512
-        left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        return cls(copy, 2 * size**3 / _seconds(lambda: left @ right, device))
+        found = cls(_copies(device), _products(device, dtype))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return found
 
     def about(self) -> dict[str, str]:
         return {"copy ceiling": f"{self.copy / 1e12:.3g} TB/s", "products": f"{self.products / 1e12:.3g} TFLOP/s"}
+
+
+def _copies(device: torch.device) -> float:
+    size = 2**32 if device.type == "cuda" else 2**27
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return 2 * size / _seconds(lambda: target.copy_(source), device)
+
+
+def _products(device: torch.device, dtype: torch.dtype) -> float:
+    size = 8192 if device.type == "cuda" else 512
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / _seconds(lambda: left @ right, device)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -16,11 +16,13 @@ A limit is the time to read what must be read, once, at the copy ceiling: the ke
 
 import argparse
 import functools
+import gc
 import itertools
 import math
 import statistics
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -148,10 +150,15 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """Many calls as one thing that can be run again and again, on a GPU as a graph."""
+    """Many calls as one thing that can be run again and again, on a GPU as a graph.
+
+    Attributes:
+        once: each of them; they own the memory that the graph reads and writes.
+    """
 
     replay: Callable[[], object]
     count: int
+    once: Sequence[Call]
 
     @classmethod
     def capture(cls, once: Sequence[Call], least_seconds: float, device: torch.device) -> "Calls":
@@ -165,7 +172,7 @@ class Calls:
                     call()
 
         if device.type != "cuda":
-            return cls(functools.partial(work, 1), len(once))
+            return cls(functools.partial(work, 1), len(once), once)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compiles what must be compiled
@@ -174,7 +181,7 @@ class Calls:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             work(rounds)
-        return cls(graph.replay, rounds * len(once))
+        return cls(graph.replay, rounds * len(once), once)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +194,9 @@ class Timing:
 
 def race(calls: dict[str, Calls], device: torch.device) -> dict[str, Timing]:
     """Times of several that take turns, so that what else goes on hits them alike."""
-    order = [name for _ in range(RUNS) for name in calls]
-    clock = _race_on_gpu if device.type == "cuda" else _race_on_cpu
+    is_gpu = device.type == "cuda"
+    order = [name for _ in range(RUNS if is_gpu else 1) for name in calls]
+    clock = _race_on_gpu if is_gpu else _race_on_cpu
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for name, took in zip(order, clock([calls[name].replay for name in order]), strict=True):
         seconds[name].append(took / calls[name].count)
@@ -466,6 +474,7 @@ def main() -> None:
     parser.add_argument("--sanity", action="store_true", help="tiny shapes only, also on a CPU")
     chosen = parser.parse_args()
     warnings.filterwarnings("ignore")
+    gc.freeze()  # each capture collects garbage first, and looks at all that was imported otherwise
     torch.manual_seed(0)
     if not torch.cuda.is_available() and not chosen.sanity:
         sys.exit("benchmarks.kernels needs a CUDA GPU; --sanity runs tiny shapes on a CPU (TRITON_INTERPRET=1).")
@@ -474,8 +483,15 @@ def main() -> None:
     ceilings = Ceilings.measure(device, dtype)
     show_header(header(**ceilings.about(), dtype=str(dtype), runs=RUNS), as_json=chosen.json)
     bench = Bench(device, dtype, ceilings, chosen.json, chosen.grid)
+    well = True
     for table in [sanity] if chosen.sanity else [TABLES[name] for name in chosen.only]:
-        table(bench)
+        try:
+            table(bench)
+        except Exception:  # the other tables are of use all the same
+            traceback.print_exc()
+            well = False
+    if not well:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

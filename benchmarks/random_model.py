@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from benchmarks.ceilings import Ceilings
 from chatpage import tutor
@@ -51,7 +51,7 @@ def make(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, att
     """The end of a turn is never the likeliest token."""
     torch.manual_seed(0)
     with torch.device(device):
-        module = Qwen3ForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention)
+        module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     for name, weight in module.named_parameters():
         if weight.dim() == 2:
             weight.normal_(std=1.0 if "embed" in name else 1.5 / weight.shape[1] ** 0.5)
@@ -85,21 +85,24 @@ class Limits:
 
     Attributes:
         weights: numbers that every step reads: all but an embedding of its own.
+        head: those among them that only the tokens meet whose logits are wanted.
         size: bytes of a number.
     """
 
     config: PreTrainedConfig
     ceilings: Ceilings
     weights: int
+    head: int
     size: int
 
     @classmethod
     def of(cls, config: PreTrainedConfig, ceilings: Ceilings, dtype: torch.dtype) -> "Limits":
         with torch.device("meta"):
-            module = Qwen3ForCausalLM._from_config(config)
+            module = AutoModelForCausalLM.from_config(config)
         module.tie_weights()
-        unread = 0 if config.tie_word_embeddings else module.get_input_embeddings().weight.numel()
-        return cls(config, ceilings, module.num_parameters() - unread, dtype.itemsize)
+        head = module.get_output_embeddings().weight.numel()
+        unread = 0 if config.tie_word_embeddings else head
+        return cls(config, ceilings, module.num_parameters() - unread, head, dtype.itemsize)
 
     @property
     def kv_bytes(self) -> int:
@@ -117,6 +120,12 @@ class Limits:
         products = 4 * sessions * config.num_attention_heads * shared * config.head_dim * config.num_hidden_layers
         common = max(shared * self.kv_bytes / self.ceilings.copy, products / self.ceilings.products)
         return self._weights(sessions) + common + sessions * own * self.kv_bytes / self.ceilings.copy
+
+    def first_token(self, before: int, tokens: int) -> float:
+        """Seconds for so many tokens of one prompt, behind some that have their keys and values."""
+        products = 2 * ((self.weights - self.head) * tokens + self.head)
+        read = (self.weights * self.size + before * self.kv_bytes) / self.ceilings.copy
+        return max(read, products / self.ceilings.products)
 
     def _weights(self, sessions: int) -> float:
         read, products = self.weights * self.size, 2 * self.weights * sessions

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -54,8 +54,10 @@ def show_header(about: dict[str, Any], *, as_json: bool) -> None:
 class Table:
     """Rows that are printed as they come, so that a run which is cut off still tells what it found.
 
-    The columns are those of the first row. A later row may lack some.
+    The columns are those of the first row. A later row may lack some. The head comes again after another table's rows.
     """
+
+    _last: ClassVar["Table | None"] = None  # that printed
 
     def __init__(self, title: str, *, as_json: bool) -> None:
         self.title = title
@@ -70,10 +72,13 @@ class Table:
             return
         if not self._widths:
             self._widths = {name: max(len(name), len(_text(value))) for name, value in row.items()}
+        widths = list(self._widths.values())
+        if Table._last is not self:
             print(f"\n{self.title}\n", flush=True)
-            _print_line(list(self._widths), list(self._widths.values()))
-            _print_rule(list(self._widths.values()))
-        _print_line([_text(row.get(name, "")) for name in self._widths], list(self._widths.values()))
+            _print_line(list(self._widths), widths)
+            _print_rule(widths)
+            Table._last = self
+        _print_line([_text(row.get(name, "")) for name in self._widths], widths)
 
 
 def _print_line(cells: Sequence[str], widths: Sequence[int]) -> None:
