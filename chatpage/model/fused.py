@@ -6,7 +6,7 @@ Llama, Mistral, Qwen and many others are this decoder under different names. Whe
 name but tried: its modules must be named like this, and its logits must stay the same (`chatpage.model.check`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,15 +16,12 @@ from transformers import PreTrainedModel
 
 from chatpage.model.attention import Attention, AttentionCall
 from chatpage.model.batch import Batch
+from chatpage.model.product import Product
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 HEAD_NORMS = {"q_norm", "k_norm"}
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-
-# A CPU multiplies few rows with a matrix of so many times more outputs than inputs up to four times as fast where the
-# weights of one input lie side by side (measured with MKL on an AMD EPYC: 2.2 ms or 0.5 ms for one row, 256 to 16,384).
-WIDE = 4
 
 
 class NotUsual(Exception):
@@ -49,10 +46,16 @@ class FusedModel:
             raise NotUsual("It has no plain embedding, one RoPE, layers and a last norm.")
         self._embedding, self._rotary, norm, layers = parts
         self._norm = _Norm(norm)
-        self._head = _Product([module.get_output_embeddings()])
+        self._head = Product([module.get_output_embeddings()])
         if len(layers) != len(calls):
             raise NotUsual("Its layers do not attend once each.")
         self._layers = [_Layer(i, layer, call) for i, (layer, call) in enumerate(zip(layers, calls, strict=True))]
+
+    def pack(self) -> None:
+        """Lay the weights of the products out for speed, where that is known to help; the model has none of them then,
+        and computes no more. A head that is the embedding too is kept as both."""
+        for product in (self._head, *(product for layer in self._layers for product in layer.products)):
+            product.pack(keep=self._embedding.weight)
 
     def forward(self, batch: Batch, attention: Attention) -> Tensor:
         """Logits (rows, vocabulary) of each row's last token. Called in inference mode."""
@@ -83,9 +86,10 @@ class _Layer:
         self._before, self._between = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
         self._query_norm = _Norm(attention.q_norm) if has_norms else None
         self._key_norm = _Norm(attention.k_norm) if has_norms else None
-        self._in = _Product([attention.q_proj, attention.k_proj, attention.v_proj])
-        self._out = _Product([attention.o_proj])
+        self._in = Product([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._out = Product([attention.o_proj])
         self._mlp = _feed_forward(layer.mlp)
+        self.products = [self._in, self._out, *self._mlp.products]
 
     def __call__(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         """(tokens, hidden_size) to the same."""
@@ -120,11 +124,21 @@ class _Layer:
         return turned[:, : self._heads], turned[:, self._heads :]
 
 
-def _feed_forward(mlp: Any) -> Callable[[Tensor], Tensor]:
+def _feed_forward(mlp: Any) -> "_GatedProduct | _AsItIs":
     """One product for gate and up, where there are such; else, in a mixture of experts, the part as it is."""
-    if {name for name, _ in mlp.named_children()} == GATED:
-        return _GatedProduct(mlp)
-    return lambda hidden: mlp(hidden[None])[0]
+    is_gated = {name for name, _ in mlp.named_children()} == GATED
+    return _GatedProduct(mlp) if is_gated else _AsItIs(mlp)
+
+
+class _AsItIs:
+    """A feed-forward part that is called as the model calls it."""
+
+    def __init__(self, mlp: Any) -> None:
+        self._mlp = mlp
+        self.products: list[Product] = []
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self._mlp(hidden[None])[0]
 
 
 class _GatedProduct:
@@ -132,28 +146,12 @@ class _GatedProduct:
 
     def __init__(self, mlp: Any) -> None:
         self._activation = mlp.act_fn
-        self._in, self._out = _Product([mlp.gate_proj, mlp.up_proj]), _Product([mlp.down_proj])
+        self._in, self._out = Product([mlp.gate_proj, mlp.up_proj]), Product([mlp.down_proj])
+        self.products = [self._in, self._out]
 
     def __call__(self, hidden: Tensor) -> Tensor:
         gate, up = self._in(hidden).chunk(2, dim=-1)
         return self._out(self._activation(gate) * up)
-
-
-class _Product:
-    """Some linear layers side by side as one. They keep their weights, which are parts of the large one now."""
-
-    @torch.no_grad()
-    def __init__(self, linears: list[Any]) -> None:
-        if any(type(linear) is not nn.Linear for linear in linears):
-            raise NotUsual("Some of its products are not plain linear layers.")
-        self._weight = _joined([linear.weight for linear in linears])
-        biases = [linear.bias for linear in linears]
-        if any((bias is None) != (biases[0] is None) for bias in biases):
-            raise NotUsual("Only some of its products have a bias.")
-        self._bias = None if biases[0] is None else _joined(biases)
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self._weight, self._bias)
 
 
 class _Norm:
@@ -167,16 +165,6 @@ class _Norm:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return F.rms_norm(hidden, self._weight.shape, self._weight, self._epsilon)
-
-
-def _joined(weights: list[nn.Parameter]) -> Tensor:
-    """All of them in one tensor, of which each is a part from now on: no weight is kept twice."""
-    joined = torch.cat([weight.data for weight in weights]) if len(weights) > 1 else weights[0].data
-    if joined.dim() == 2 and joined.device.type == "cpu" and joined.shape[0] >= WIDE * joined.shape[1]:
-        joined = joined.t().contiguous().t()
-    for weight, part in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
-        weight.data = part
-    return joined
 
 
 def _require_children(module: nn.Module, names: set[str], *, optional: Iterable[str] = ()) -> bool:

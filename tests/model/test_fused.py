@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import nn
 
-from chatpage.model import fused
+from chatpage.model import product
 from chatpage.model.fused import FusedModel
 from chatpage.model.load import LoadedModel, load
 from tests.families import make_family
@@ -23,7 +24,11 @@ def loads(tmp_path: Path) -> Loads:
 
 
 def is_fused(model: LoadedModel) -> bool:
-    return isinstance(getattr(model.forward, "__self__", None), FusedModel)
+    return isinstance(fused_model(model), FusedModel)
+
+
+def fused_model(model: LoadedModel) -> Any:
+    return getattr(model.forward, "__self__", None)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"])
@@ -43,11 +48,19 @@ def test_the_usual_names_are_not_enough(factor: str, loads: Loads) -> None:
 
 
 def test_no_weight_is_kept_twice(loads: Loads) -> None:
-    model = loads("llama")
-    layer = model.module.get_decoder().layers[1]
-    query, key, value = (getattr(layer.self_attn, name).weight for name in ("q_proj", "k_proj", "v_proj"))
-    assert query.untyped_storage().data_ptr() == key.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
-    assert query.untyped_storage().nbytes() == query.nbytes + key.nbytes + value.nbytes
+    """Once packed, the model has only what no product has: the embedding and the norms."""
+    model = loads("llama", tie_word_embeddings=False)
+    fused_model(model).pack()
+    left = {name.split(".")[-2] for name, weight in model.module.named_parameters() if weight.numel()}
+    products = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")} | {"lm_head"}
+    others = {"embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"}
+    assert left == (others if torch.backends.mkldnn.is_available() else others | products)
+
+
+def test_a_head_that_is_the_embedding_stays_as_that(loads: Loads) -> None:
+    model = loads("llama", tie_word_embeddings=True)
+    fused_model(model).pack()
+    assert len(cast(nn.Embedding, model.module.get_input_embeddings()).weight) == model.vocab_size
 
 
 def swaps_the_halves(model: FusedModel, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
@@ -70,7 +83,7 @@ def test_what_computes_something_else_is_not_used(
 
 
 def test_an_error_in_it_is_no_error_of_the_model(loads: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_joined", lambda weights: 1 / 0)
+    monkeypatch.setattr(product, "_joined", lambda weights: 1 / 0)
     assert not is_fused(loads("llama"))
 
 

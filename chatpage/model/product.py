@@ -1,0 +1,96 @@
+"""Some linear layers side by side as one product, and on a CPU with the weights as oneDNN multiplies fastest with.
+
+q_proj ┐
+k_proj ├─ joined: each of them is a part of it ── packed: opaque, and the only one there is
+v_proj ┘
+"""
+
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+
+class Product:
+    """Linear layers of one input: (rows, inputs) to (rows, all their outputs).
+
+    At first they keep their weights, which are parts of the joined ones then; `pack` takes them away.
+
+    Raises:
+        ValueError: they are not plain linear layers, or only some of them have a bias.
+    """
+
+    @torch.no_grad()
+    def __init__(self, linears: list[Any]) -> None:
+        if any(type(linear) is not nn.Linear for linear in linears):
+            raise ValueError("Some of its products are not plain linear layers.")
+        biases = [linear.bias for linear in linears]
+        if any((bias is None) != (biases[0] is None) for bias in biases):
+            raise ValueError("Only some of its products have a bias.")
+        self._linears = linears
+        self._weight = _joined([linear.weight for linear in linears])
+        self._bias = None if biases[0] is None else _joined(biases)
+        self._is_packed = False
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        if not self._is_packed:
+            return F.linear(hidden, self._weight, self._bias)
+        rows = len(hidden)
+        if missing := _filled(rows) - rows:
+            return _multiply(F.pad(hidden, (0, 0, 0, missing)), self._weight, self._bias)[:rows]
+        return _multiply(hidden, self._weight, self._bias)
+
+    @torch.no_grad()
+    def pack(self, *, keep: Tensor) -> None:
+        """Rearrange the weights for oneDNN, where that can be. The layers have no weights then, save for `keep`.
+
+        Without this, MKL rearranges them in each call, which is most of the work where there are few rows. Harmless
+        the second time.
+        """
+        packed = None if self._is_packed else _rearranged(self._weight)
+        if packed is None:
+            return
+        self._weight, self._is_packed = packed, True
+        for linear in self._linears:
+            if linear.weight is not keep:
+                linear.weight.data = linear.weight.new_empty(0)
+
+
+# These are no public functions of torch, but those that its compiler calls; `tests/model/test_product.py` tries them.
+
+
+def _multiply(hidden: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(hidden, packed, bias, "none", [], "")
+
+
+def _rearranged(weight: Tensor) -> Tensor | None:
+    """The weights as oneDNN wants them; None where there is no oneDNN, or it does not help."""
+    if not (weight.is_cpu and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()):
+        return None
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        _multiply(weight[:1], packed, None)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        log.info("oneDNN multiplies in another way here: %r", error)
+        return None
+    return packed
+
+
+def _filled(rows: int) -> int:
+    """With how many rows to multiply: oneDNN compiles a program for each number of them, and keeps half a MiB each."""
+    unit = 1 if rows <= 8 else 8 if rows <= 64 else 64
+    return -(-rows // unit) * unit
+
+
+def _joined(weights: list[nn.Parameter]) -> Tensor:
+    """All of them in one tensor, of which each is a part from now on: no weight is kept twice."""
+    if len(weights) == 1:
+        return weights[0].data
+    joined = torch.cat([weight.data for weight in weights])
+    for weight, part in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
+        weight.data = part
+    return joined
