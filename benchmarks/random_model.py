@@ -6,6 +6,7 @@ loader takes a module that is made on the spot instead of reading one; all else 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -51,7 +52,7 @@ def make(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, att
     """The end of a turn is never the likeliest token."""
     torch.manual_seed(0)
     with torch.device(device):
-        module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        module = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype, attn_implementation=attention)
     for name, weight in module.named_parameters():
         if weight.dim() == 2:
             weight.normal_(std=1.0 if "embed" in name else 1.5 / weight.shape[1] ** 0.5)
