@@ -24,7 +24,7 @@ CHUNK = 300 if ON_GPU else 20
 FORMS = {
     "plain": Form(),
     "one head": Form(1, 1),
-    "no groups": Form(4, 4, 80, 80, softcap=20.0),
+    "no groups": Form(4, 4, 80, 80, softcap=50.0),
     "groups of 4": Form(8, 2, 128, 128, window=40, sinks=True),
     "one key for all": Form(16, 1, 96, 96, block_size=32),
     "groups of 2 on 3": Form(6, 3, 64, 96, block_size=8, window=19),
@@ -87,6 +87,42 @@ def test_decodes_behind_prefixes_of_prefixes(window, shared):
         sketch.add(1, start, trunk)
     sketch.add(1, 20)
     Case.make(form, sketch.rows, seed=window or 0, device=DEVICE).check(paged(shared))
+
+
+@pytest.mark.parametrize("shared", SHARED if ON_GPU else [True, False])
+@pytest.mark.parametrize("window", [None, 64, 150, 300])
+def test_contexts_that_several_programs_share(window, shared):
+    """Long enough to be split, on the edges of the parts and beside them."""
+    form = Form(4, 1, 64, 32, window=window, sinks=window == 150, softcap=5.0 if window == 300 else None)
+    sketch = Sketch(16)
+    trunk = sketch.blocks(26)
+    for tokens, start in [(1, 416), (1, 417), (1, 500), (1, 620), (20, 450)]:
+        sketch.add(tokens, start, trunk)
+    for context in (64, 127, 128, 129, 256, 257, 385):
+        sketch.add(1, context - 1)
+    sketch.add(70, 130)
+    Case.make(form, sketch.rows, seed=window or 0, device=DEVICE).check(paged(shared))
+
+
+@pytest.mark.parametrize("window", [None, 16, 33, 64])
+def test_chunks_that_begin_and_end_on_edges(window):
+    sketch = Sketch(16)
+    for start in (14, 15, 16, 31, 32, 33, 61, 62, 63, 64, 65, 126, 127, 128, 191):
+        sketch.add(2 + start % 2, start)
+    for context in (31, 32, 33, 63, 64, 65, 129):
+        sketch.add(context, 0)
+    Case.make(Form(1, 1, 64, 32, window=window), sketch.rows, device=DEVICE).check(paged(None))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_few_very_long_contexts(shared):
+    length = 20_000 if ON_GPU else 2600
+    sketch = Sketch(16)
+    trunk = sketch.blocks(length // 16)
+    for start in (length, length + 5):
+        sketch.add(1, start, trunk)
+    sketch.add(1, length)
+    Case.make(Form(2, 1, 32, 32), sketch.rows, device=DEVICE).check(paged(shared))
 
 
 @pytest.mark.parametrize("shared", SHARED)
@@ -186,9 +222,14 @@ def _rows_of(tensor: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_reading_changes_nothing_and_storing_is_the_other_half(shared):
-    form = Form(4, 2, block_size=8, window=20)
+    form = Form(4, 2, block_size=8, sinks=True)
     rows = draw_rows(Random(9), 8, rows=5, longest=40, chunk=9)
-    case = Case.make(form, rows, device=DEVICE)
+    sketch = Sketch(8)
+    sketch.blocks(max(block for row in rows for block in row.table))
+    trunk = sketch.blocks(40)
+    for start in (320, 333, 600):
+        sketch.add(1, start, trunk)
+    case = Case.make(form, rows + sketch.rows, device=DEVICE)
     expected = case.expected()
     attention = PagedAttention(case.pool, case.batch, shared=shared)
     attention.store(0, case.key, case.value)
@@ -196,7 +237,8 @@ def test_reading_changes_nothing_and_storing_is_the_other_half(shared):
     with poisoned():
         first = attention.read(0, case.query, **case.settings)
         case.compare(first, expected)
-        assert torch.equal(attention.read(0, case.query, **case.settings), first), "read twice, answered twice"
+        for _ in range(2):
+            assert torch.equal(attention.read(0, case.query, **case.settings), first), "each time the same"
     assert same_bits(pool[0], case.pool.keys[0])
     assert same_bits(pool[1], case.pool.values[0])
 
@@ -209,9 +251,14 @@ def test_layers_of_different_shapes_and_windows_in_one_step(shared):
         Form(4, 2, 64, 64, window=9, sinks=True),
         Form(8, 1, 80, 32, window=30),
         Form(4, 4, 128, 128, softcap=4.0),
+        Form(4, 1, 64, 64),
         Form(4, 2, 64, 64),
     ]
     rows = draw_rows(Random(11), 16, rows=5, longest=60, chunk=9)
+    sketch = Sketch(16)
+    sketch.blocks(max(block for row in rows for block in row.table))
+    sketch.add(70, 5)
+    rows += sketch.rows
     tables = [list(row.table) for row in rows]
     cases = []
     for form in forms:
