@@ -1,100 +1,261 @@
-"""Paged attention by Triton kernels, for one step."""
+"""Paged attention by Triton kernels.
 
+plan ──▶ shared prefixes ─┐  on a stream of their own, beside
+         own keys ────────┴▶ merge ──▶ answers of the decodes
+         chunks ─────────────────────▶ answers of the chunks
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from chatpage.kernels.decode import attend_decodes
+from chatpage.kernels.merge import FEW, merge
 from chatpage.kernels.prefill import attend_chunks, queries_per_task
 from chatpage.kernels.shared import attend_shared
 from chatpage.kernels.softmax import Left
 from chatpage.kernels.store import store
-from chatpage.model.batch import Batch
+from chatpage.model.batch import Batch, Row
 from chatpage.model.kv import KVPool
-from chatpage.model.plan import find_sharing, make_plan
+from chatpage.model.plan import Ints, Kind, Plan, Sharing, find_sharing, make_plan
 
-PROGRAMS_PER_PROCESSOR = 4  # that keep a GPU's multiprocessor busy
+CPU_PROCESSORS = 8  # under Triton's interpreter
 
 
-class PagedAttention:
-    def __init__(self, pool: KVPool, batch: Batch, *, shared: bool | None = None) -> None:
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """A plan where the kernels read it; see `chatpage.model.plan.Plan`.
+
+    Attributes:
+        tables: the rows' block tables, one behind the other.
+        many: whether to expect rows whose answers are merged from many states.
+    """
+
+    tables: Tensor
+    own: Tensor
+    rows: Tensor
+    shared: Tensor
+    members: Tensor
+    chunks: Tensor
+    shared_rows: int
+    merges: bool
+    many: bool
+
+    @classmethod
+    def of(cls, plan: Plan, tables: Tensor) -> "DevicePlan":
+        def there(numbers: np.ndarray) -> Tensor:
+            return torch.from_numpy(numbers).to(tables.device)
+
+        return cls(
+            tables=tables,
+            own=there(plan.own),
+            rows=there(plan.rows),
+            shared=there(plan.shared),
+            members=there(plan.members),
+            chunks=there(plan.chunks),
+            shared_rows=plan.shared_rows,
+            merges=plan.most_states > 1,
+            many=plan.most_states > 2 * FEW,
+        )
+
+
+class KernelAttention:
+    """Attends by the kernels, as somebody else has planned it.
+
+    Args:
+        slots: (tokens,), where each token's keys and values go; −1 is nowhere.
+        plan_for: what layers of a kind do.
+    """
+
+    def __init__(self, pool: KVPool, slots: Tensor, plan_for: Callable[[Kind], DevicePlan]) -> None:
         self.pool = pool
-        self.batch = batch
-        self._device = batch.token_ids.device
-        self._tables = batch.tables.to(torch.int32)
-        self._groups = [] if shared is False else find_sharing(batch)
-        self._plans: dict[tuple[int, int, int | None], tuple] = {}
+        self._slots = slots
+        self._plan_for = plan_for
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling, window, softcap, sinks
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         self.store(layer, key, value)
         return self.read(layer, query, scaling=scaling, window=window, softcap=softcap, sinks=sinks)
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Put the step's keys and values into the pool."""
         keys, values = self.pool.flat(self.pool.keys[layer]), self.pool.flat(self.pool.values[layer])
-        store(key, value, keys, values, self.batch.slots)
+        store(_dense(key), _dense(value), keys, values, self._slots)
 
-    def read(self, layer: int, query: Tensor, *, scaling, window, softcap, sinks) -> Tensor:
+    def read(
+        self,
+        layer: int,
+        query: Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Answer the queries, whose keys and values are in the pool."""
+        query = _dense(query)
         keys, values = self.pool.keys[layer], self.pool.values[layer]
+        plan = self._plan_for(Kind(query.shape[1], keys.shape[2], window))
+        out = query.new_empty(*query.shape[:2], values.shape[3])
+        if len(plan.own):
+            self._decode(plan, query, keys, values, out, scaling, softcap, sinks)
+        if len(plan.chunks):
+            attend_chunks(
+                query,
+                keys,
+                values,
+                plan.tables,
+                plan.chunks,
+                out,
+                window=window,
+                scaling=scaling,
+                softcap=softcap,
+                sinks=sinks,
+            )
+        return out
+
+    @staticmethod
+    def _decode(
+        plan: DevicePlan,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        out: Tensor,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> None:
         heads, kv_heads, value_size = query.shape[1], keys.shape[2], values.shape[3]
-        own, rows, shared_tasks, members, chunks, shared_rows = self._plan(heads, kv_heads, window)
-        out = query.new_empty(len(query), heads, value_size)
-        asked = {"scaling": scaling, "softcap": softcap}
-        if len(own):
-            shared = _left(len(shared_tasks) * kv_heads * shared_rows, value_size, self._device)
-            if len(shared_tasks):
-                attend_shared(
-                    query, keys, values, self._tables, shared_tasks, members, shared, shared_rows=shared_rows, **asked
-                )
-            left = _left(len(own) * heads, value_size, self._device)
-            arrived = torch.zeros(len(rows), kv_heads, dtype=torch.int32, device=self._device)
+        own = _left(query, len(plan.own) * heads, value_size)
+        shared = _left(query, len(plan.shared) * kv_heads * plan.shared_rows, value_size)
+        with _beside(query.device, if_any=len(plan.shared)) as side:
+            if len(plan.shared):
+                with side():
+                    attend_shared(
+                        query,
+                        keys,
+                        values,
+                        plan.tables,
+                        plan.shared,
+                        plan.members,
+                        shared,
+                        shared_rows=plan.shared_rows,
+                        scaling=scaling,
+                        softcap=softcap,
+                    )
             attend_decodes(
                 query,
                 keys,
                 values,
-                self._tables,
+                plan.tables,
+                plan.own,
+                plan.rows,
                 own,
-                rows,
-                left,
-                arrived,
+                out,
+                scaling=scaling,
+                softcap=softcap,
+                sinks=sinks,
+            )
+        if plan.merges:
+            merge(
+                plan.rows,
+                own,
                 shared,
                 out,
-                shared_rows=shared_rows,
-                sinks=sinks,
-                **asked,
-            )
-        if len(chunks):
-            attend_chunks(query, keys, values, self._tables, chunks, out, window=window, sinks=sinks, **asked)
-        return out
-
-    def _plan(self, heads: int, kv_heads: int, window: int | None):
-        key = (heads, kv_heads, window)
-        if key not in self._plans:
-            plan = make_plan(
-                self.batch,
-                self._groups if window is None else [],
-                heads=heads,
                 kv_heads=kv_heads,
-                window=window,
-                programs=_processors(self._device) * PROGRAMS_PER_PROCESSOR,
-                queries=queries_per_task(heads, kv_heads),
+                shared_rows=plan.shared_rows,
+                many=plan.many,
+                sinks=sinks,
             )
-            self._plans[key] = tuple(
-                torch.from_numpy(t).to(self._device)
-                for t in (plan.own, plan.rows, plan.shared, plan.members, plan.chunks)
-            ) + (plan.shared_rows,)
-        return self._plans[key]
 
 
-def _left(rows: int, value_size: int, device: torch.device) -> Left:
-    return Left(
-        torch.empty(rows, value_size, dtype=torch.float32, device=device),
-        torch.empty(rows, dtype=torch.float32, device=device),
-    )
+class PagedAttention(KernelAttention):
+    """Attends for one step.
+
+    Args:
+        shared: True reads shared prefixes once wherever there are any, False never; None does what is faster.
+    """
+
+    def __init__(self, pool: KVPool, batch: Batch, *, shared: bool | None = None) -> None:
+        groups = [] if shared is False else find_sharing(batch.rows, batch.block_size)
+        if shared is None:
+            groups = [group for group in groups if is_worth_sharing(group)]
+        starts, tables = flat_tables(batch.rows, batch.block_size)
+        flat = torch.from_numpy(tables).to(batch.slots.device)
+
+        @cache
+        def plan_for(kind: Kind) -> DevicePlan:
+            plan = make_plan(
+                batch.rows,
+                starts,
+                groups,
+                kind,
+                processors=processors(flat.device),
+                queries=queries_per_task(kind.heads, kind.kv_heads),
+            )
+            return DevicePlan.of(plan, flat)
+
+        super().__init__(pool, batch.slots, plan_for)
+
+
+def is_worth_sharing(group: Sharing) -> bool:
+    """Whether it is faster to read what they share once, and merge (measured on an H200, see benchmarks/RESULTS.md)."""
+    return group.saved >= 512
+
+
+def flat_tables(rows: Sequence[Row], block_size: int) -> tuple[list[int], Ints]:
+    """The blocks that each row needs, one table behind the other, and where each begins."""
+    flat: list[int] = []
+    starts = []
+    for row in rows:
+        starts.append(len(flat))
+        flat += row.table[: -(-row.context // block_size)]
+    return starts, np.array(flat, dtype=np.int32)
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    if device.type != "cuda":
+        return CPU_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _dense(heads: Tensor) -> Tensor:
+    """The same (tokens, heads, size), without gaps between the numbers of a head."""
+    return heads if heads.stride(-1) == 1 else heads.contiguous()
+
+
+def _left(like: Tensor, rows: int, value_size: int) -> Left:
+    return Left(like.new_empty(rows, value_size), like.new_empty(rows, dtype=torch.float32))
+
+
+@contextmanager
+def _beside(device: torch.device, *, if_any: int) -> Iterator[Callable[[], AbstractContextManager]]:
+    """Within it, what is launched in `with side():` runs beside the rest; what follows waits for both."""
+    if device.type != "cuda" or not if_any:
+        yield nullcontext
+        return
+    main, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_stream(main)
+    yield lambda: torch.cuda.stream(side)
+    main.wait_stream(side)
 
 
 @cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -1,37 +1,45 @@
 """Who computes which part of a step's attention: tasks for the kernels, worked out once a step on the host.
 
-    row 0   ├─────── shared ───────┼── own ──┤
-    row 1   ├─────── shared ───────┼───── own ─────┤       a group: its shared keys are split into shared tasks,
-    row 2   ├── own ──┤                                    each row's own ones into own tasks
+    row 0   ├─────── shared ───────┼── own ──┤             decodes; a group shares blocks: its shared keys are split
+    row 1   ├─────── shared ───────┼───── own ─────┤       into shared tasks, each row's own ones into own tasks
+    row 2   ├── own ──┤
     row 3   ├────────────── seen ──────┤ chunk ├           a chunk: tiles of its queries
 
 The kernels read all of it from device memory, so that a captured step can be replayed with another plan.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chatpage.model.batch import Batch, Row
+from chatpage.model.batch import Row
 
 Ints = NDArray[np.int32]
 
-OWN_KEYS = 128  # no own task has fewer, if it can be helped
-SHARED_KEYS = 128  # nor a shared one
-SHARED_ROWS = 64  # rows of a shared task's matrix at most
+# So many programs per multiprocessor keep a GPU busy; but none should have fewer keys than that.
+OWN_PROGRAMS, OWN_KEYS = 4, 256
+SHARED_PROGRAMS, SHARED_KEYS = 2, 128
+TILE = 64  # keys: shared tasks end at multiples of it; what is left of the shared ones each row reads for itself
+
+OWN_FIELDS, ROW_FIELDS, SHARED_FIELDS, CHUNK_FIELDS = 4, 8, 8, 4  # columns of the tables in `Plan`
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """How much work keeps the device busy.
+class Kind(NamedTuple):
+    """What layers must have in common to use the same plan."""
 
-    Attributes:
-        programs: that run side by side.
-    """
+    heads: int
+    kv_heads: int
+    window: int | None
 
-    programs: int
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.heads // self.kv_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +47,8 @@ class Sharing:
     """Decodes that begin with the same blocks.
 
     Attributes:
-        rows: of the batch, at least two.
-        tokens: how many leading tokens lie in those blocks: less than the shortest context.
+        rows: of the step, at least two.
+        tokens: how many leading tokens they share: a multiple of TILE, less than the shortest context.
     """
 
     rows: list[int]
@@ -54,138 +62,166 @@ class Sharing:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Tables of int32 as `chatpage.kernels` reads them.
+    """Tables of int32, as the kernels read them.
 
     Attributes:
-        own: (tasks, 4), see `decode.attend_decodes`.
-        rows: (decodes, 8), see there.
-        shared: (tasks, 4), see `shared.attend_shared`; members: (members,).
+        own: (tasks, 4), see `chatpage.kernels.decode.attend_decodes`.
+        rows: (decodes, 8), see `chatpage.kernels.merge.merge`.
+        shared: (tasks, 8), see `chatpage.kernels.shared.attend_shared`; members: (members,).
+        chunks: (tasks, 4), see `chatpage.kernels.prefill.attend_chunks`.
         shared_rows: of a shared task's matrix.
-        chunks: (tasks, 4), see `prefill.attend_chunks`.
     """
 
     own: Ints
     rows: Ints
     shared: Ints
     members: Ints
-    shared_rows: int
     chunks: Ints
+    shared_rows: int
+
+    @property
+    def most_states(self) -> int:
+        """That a row's answer is merged from."""
+        return int((self.rows[:, 1] + self.rows[:, 3]).max(initial=0))
 
 
 def make_plan(
-    batch: Batch, groups: list[Sharing], *, heads: int, kv_heads: int, window: int | None, programs: int, queries: int
+    rows: Sequence[Row], tables: Sequence[int], groups: list[Sharing], kind: Kind, *, processors: int, queries: int
 ) -> Plan:
     """Split a step's attention into tasks.
 
     Args:
-        batch: its decodes come first.
-        groups: whose leading keys are read once; none under a window.
-        programs: how many keep the device busy.
+        rows: decodes first.
+        tables: where each row's block table begins.
+        groups: decodes whose leading keys are to be read once.
+        processors: multiprocessors of the device.
         queries: of a chunk's task, at most.
     """
-    decodes = sum(len(row.tokens) == 1 for row in batch.rows)
-    contexts = np.array([row.context for row in batch.rows[:decodes]], dtype=np.int64)
-    rows = np.zeros((decodes, 8), dtype=np.int32)
-    shared_rows = _shared_rows(groups, heads // kv_heads)
-    begins = np.zeros(decodes, dtype=np.int64) if window is None else np.maximum(contexts - window, 0)
-    shared, members = _share(groups, rows, begins, shared_rows * kv_heads // heads, programs // kv_heads)
+    decodes = count_decodes(rows)
+    contexts = np.array([row.context for row in rows[:decodes]], dtype=np.int64)
+    begins = np.zeros(decodes, dtype=np.int64)
+    if kind.window is not None:
+        begins, groups = np.maximum(contexts - kind.window, 0), []
+    notes = np.zeros((decodes, ROW_FIELDS), dtype=np.int32)
+    shared_rows = rows_of_shared(max((len(sharing.rows) for sharing in groups), default=1), kind.group)
+    shared, members = _share(
+        groups, tables, notes, begins, shared_rows // kind.group, tasks_wanted(kind, processors)[1]
+    )
     return Plan(
-        own=_split(begins, contexts, rows, programs // kv_heads),
-        rows=rows,
+        own=_split(begins, contexts, tables, notes, tasks_wanted(kind, processors)[0]),
+        rows=notes,
         shared=shared,
         members=members,
+        chunks=_tiles(rows, tables, decodes, queries),
         shared_rows=shared_rows,
-        chunks=_tiles(batch, decodes, queries),
     )
 
 
-def _shared_rows(groups: list[Sharing], group: int) -> int:
-    """The largest group's matrix, or as much of it as a program holds."""
-    largest = max((len(sharing.rows) for sharing in groups), default=1) * group
-    return min(max(16, 1 << (largest - 1).bit_length()), max(SHARED_ROWS, 1 << (group - 1).bit_length()))
+def count_decodes(rows: Sequence[Row]) -> int:
+    return sum(len(row.tokens) == 1 for row in rows)
 
 
-def _share(groups: list[Sharing], rows: Ints, begins: NDArray, per_task: int, tasks_wanted: int) -> tuple[Ints, Ints]:
-    """Shared tasks and their members; notes in `rows` who finds what, and in `begins` where own keys begin."""
-    tasks: list[tuple[int, int, int, int]] = []
+def tasks_wanted(kind: Kind, processors: int) -> tuple[int, int]:
+    """How many own tasks, and how many shared ones, keep the device busy: each is a program for every KV head."""
+    return max(1, OWN_PROGRAMS * processors // kind.kv_heads), max(1, SHARED_PROGRAMS * processors // kind.kv_heads)
+
+
+def rows_of_shared(members: int, group: int) -> int:
+    """Rows of a shared task's matrix: many where many share, since each task reads all its keys once."""
+    needed = members * group
+    return max(16, _power(group), min(_power(needed), 128 if needed > 256 else 64))
+
+
+def _share(
+    groups: list[Sharing], tables: Sequence[int], notes: Ints, begins: NDArray, per_task: int, wanted: int
+) -> tuple[Ints, Ints]:
+    """Shared tasks and members; tells `notes` where rows find their states, and `begins` where their own keys begin."""
+    tasks: list[tuple[int, ...]] = []
     members: list[int] = []
     tiles = sum(-(-len(sharing.rows) // per_task) for sharing in groups)
     for sharing in groups:
-        splits = max(1, min(tasks_wanted // tiles, sharing.tokens // SHARED_KEYS))
-        length = _rounded(-(-sharing.tokens // splits), 64)
-        splits = -(-sharing.tokens // length)
+        splits = max(1, min(wanted // tiles, sharing.tokens // SHARED_KEYS))
+        length = _rounded(-(-sharing.tokens // splits), TILE)
+        edges = [*range(0, sharing.tokens, length), sharing.tokens]
+        begins[sharing.rows] = sharing.tokens
         for first in range(0, len(sharing.rows), per_task):
             tile = sharing.rows[first : first + per_task]
-            rows[tile, 2], rows[tile, 3], rows[tile, 4] = len(tasks), splits, range(len(tile))
-            begins[tile] = sharing.tokens
-            for begin in range(0, sharing.tokens, length):
-                tasks.append((len(members), len(tile), begin, min(begin + length, sharing.tokens)))
+            notes[tile, 2], notes[tile, 3], notes[tile, 4] = len(tasks), len(edges) - 1, range(len(tile))
+            for begin, end in pairwise(edges):
+                tasks.append((len(members), len(tile), begin, end, tables[tile[0]], 0, 0, 0))
             members += tile
-    return np.array(tasks, dtype=np.int32).reshape(-1, 4), np.array(members, dtype=np.int32)
+    return np.array(tasks, dtype=np.int32).reshape(-1, SHARED_FIELDS), np.array(members, dtype=np.int32)
 
 
-def _split(begins: NDArray, ends: NDArray, rows: Ints, tasks_wanted: int) -> Ints:
-    """Own tasks of about equal length; notes in `rows` which ones belong to whom."""
+def _split(begins: NDArray, ends: NDArray, tables: Sequence[int], notes: Ints, wanted: int) -> Ints:
+    """Own tasks of about equal length, at most `wanted` more than rows; tells `notes` which ones belong to whom."""
     lengths = ends - begins
-    length = _rounded(max(OWN_KEYS, -(-int(lengths.sum()) // max(tasks_wanted, 1))), 64)
-    splits = -(-lengths // length)
+    aim = max(OWN_KEYS, -(-int(lengths.sum()) // wanted))
+    splits = np.maximum(1, np.rint(lengths / aim).astype(np.int64))
+    steps = _rounded(-(-lengths // splits), TILE)
+    splits = -(-lengths // steps)
     firsts = np.cumsum(splits) - splits
-    rows[:, 0], rows[:, 1] = firsts, splits
-    tasks = np.zeros((int(splits.sum()), 4), dtype=np.int32)
-    owners = np.repeat(np.arange(len(rows)), splits)
-    tasks[:, 0] = owners
-    tasks[:, 1] = begins[owners] + (np.arange(len(tasks)) - firsts[owners]) * length
-    tasks[:, 2] = np.minimum(tasks[:, 1] + length, ends[owners])
-    return tasks
+    notes[:, 0], notes[:, 1] = firsts, splits
+    owners = np.repeat(np.arange(len(notes)), splits)
+    starts = begins[owners] + (np.arange(len(owners)) - firsts[owners]) * steps[owners]
+    ends = np.minimum(starts + steps[owners], ends[owners])
+    return np.stack([owners, starts, ends, np.array(tables, dtype=np.int64)[owners]], axis=1).astype(np.int32)
 
 
-def _tiles(batch: Batch, decodes: int, queries: int) -> Ints:
+def _tiles(rows: Sequence[Row], tables: Sequence[int], decodes: int, queries: int) -> Ints:
     """Tiles of the chunks' queries."""
-    tasks = []
+    tasks: list[tuple[int, ...]] = []
     token = decodes
-    for index, row in enumerate(batch.rows[decodes:], decodes):
+    for row, table in zip(rows[decodes:], tables[decodes : len(rows)], strict=True):
         for first in range(0, len(row.tokens), queries):
-            tasks.append((index, token + first, min(queries, len(row.tokens) - first), row.start + first))
+            tasks.append((token + first, min(queries, len(row.tokens) - first), row.start + first, table))
         token += len(row.tokens)
-    return np.array(tasks, dtype=np.int32).reshape(-1, 4)
+    return np.array(tasks, dtype=np.int32).reshape(-1, CHUNK_FIELDS)
 
 
-def _rounded(number: int, to: int) -> int:
+def _power(number: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << (number - 1).bit_length()
+
+
+def _rounded(number, to: int):
     return -(-number // to) * to
 
 
 # -- who shares -------------------------------------------------------------------------------------------------------
 
 
-def find_sharing(batch: Batch) -> list[Sharing]:
+def find_sharing(rows: Sequence[Row], block_size: int) -> list[Sharing]:
     """Groups of decodes that begin with the same blocks, so that as many reads as possible are saved.
 
-    Tables form a tree: those that go on alike for longer are closer. At each fork either all of them share what they
-    have in common, or each branch shares what it has for itself, whatever saves more.
+    Tables form a tree. At each fork either all share what they have in common, or each branch shares what it has for
+    itself, whatever saves more.
 
         [3, 4, 9]  [3, 4, 7]  [3, 8]        all: 2 · 1 block        the first two: 1 · 2 blocks
     """
-    decodes = [i for i, row in enumerate(batch.rows) if len(row.tokens) == 1]
-    return _best(batch.rows, decodes, 0, batch.block_size)
+    return _best(rows, list(range(count_decodes(rows))), 0, block_size)
 
 
-def _best(rows: list[Row], among: list[int], known: int, block_size: int) -> list[Sharing]:
+def _best(rows: Sequence[Row], among: list[int], known: int, block_size: int) -> list[Sharing]:
     """The best groups of rows whose first `known` blocks are the same."""
     found: list[Sharing] = []
     branches: dict[int, list[int]] = defaultdict(list)
     for i in among:
-        if (rows[i].context - 1) // block_size > known:  # the token itself is always a row's own
+        if (rows[i].context - 1) // block_size > known:  # the block of the token itself is always a row's own
             branches[rows[i].table[known]].append(i)
     for branch in branches.values():
         if len(branch) > 1:
             common = _common(rows, branch, block_size)
-            whole = Sharing(branch, common * block_size)
+            whole = Sharing(branch, common * block_size // TILE * TILE)
             parts = _best(rows, branch, common, block_size)
-            found += parts if sum(part.saved for part in parts) > whole.saved else [whole]
+            if sum(part.saved for part in parts) > whole.saved:
+                found += parts
+            elif whole.tokens:
+                found.append(whole)
     return found
 
 
-def _common(rows: list[Row], among: list[int], block_size: int) -> int:
+def _common(rows: Sequence[Row], among: list[int], block_size: int) -> int:
     """How many leading blocks all of these rows have in common, each less than its context."""
     first = rows[among[0]].table
     common = min((rows[i].context - 1) // block_size for i in among)

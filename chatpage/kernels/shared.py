@@ -4,14 +4,15 @@
     row 1   ├── block 3 ── block 4 ──┼ own …       them meets each key once, as in a prefill without a mask
     row 2   ├── block 3 ── block 4 ──┼ own …
 
-The states stay in memory, and the decode kernel merges them with what each row's own keys give (Juravsky et al.,
-Hydragen, 2024; Ye et al., Cascade Inference, 2024). A task is a tile of rows and a stretch of the shared keys.
+The states stay in memory, to be merged with what each row's own keys give (Juravsky et al., Hydragen, 2024; Ye et al.,
+Cascade Inference, 2024). A task is a tile of rows and a stretch of the shared keys, a multiple of KEYS.
 """
 
 import triton
 import triton.language as tl
-from chatpage.kernels.softmax import Left, attend, empty, leave, tile
 from torch import Tensor
+
+from chatpage.kernels.softmax import Left, attend, empty, leave, tile
 
 KEYS = 64  # of a program at once
 WARPS = 4
@@ -21,14 +22,15 @@ STAGES = 3  # of loads that run ahead
 @triton.jit
 def _shared(
     query, keys, values, tables, tasks, members, answers, sums,
-    query_stride, head_stride, table_stride, scaling, softcap,
+    query_stride, head_stride, scaling, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     kv_head, task = tl.program_id(0), tl.program_id(1)
-    first, count = tl.load(tasks + task * 4), tl.load(tasks + task * 4 + 1)
-    begin, end = tl.load(tasks + task * 4 + 2), tl.load(tasks + task * 4 + 3)
+    first, count = tl.load(tasks + task * 8), tl.load(tasks + task * 8 + 1)
+    begin, end = tl.load(tasks + task * 8 + 2), tl.load(tasks + task * 8 + 3)
+    table = tables + tl.load(tasks + task * 8 + 4)
     if count == 0:
         return
     index = tl.arange(0, ROWS)
@@ -41,15 +43,13 @@ def _shared(
         mask=present[:, None] & (column < KEY_SIZE)[None, :],
         other=0.0,
     )
-    table = tables + tl.load(members + first).to(tl.int64) * table_stride
     state = empty(ROWS, VALUE_TILE)
     for start in tl.range(begin, end, KEYS):
-        positions = start + tl.arange(0, KEYS)
         state = attend(
             state, asked, keys + kv_head * KEY_SIZE, values + kv_head * VALUE_SIZE, table,
-            positions, positions < end, index, index, scaling, softcap,
-            KV_HEADS * KEY_SIZE, KV_HEADS * VALUE_SIZE, KEY_SIZE, VALUE_SIZE, KEY_TILE, VALUE_TILE,
-            BLOCK_SIZE, CAPPED, MASKED=False,
+            start + tl.arange(0, KEYS), end, index, index, scaling, softcap,
+            KV_HEADS * KEY_SIZE, KV_HEADS * VALUE_SIZE, KEY_SIZE, VALUE_SIZE, KEY_TILE, VALUE_TILE, BLOCK_SIZE,
+            CAPPED, WHOLE=True, MASKED=False,
         )  # fmt: skip
     leave(state, answers, sums, (task * KV_HEADS + kv_head) * ROWS + index, present, VALUE_SIZE, VALUE_TILE)
 
@@ -67,12 +67,12 @@ def attend_shared(
     scaling: float,
     softcap: float | None,
 ) -> None:
-    """Attend to shared keys, and leave the states for `chatpage.kernels.decode.attend_decodes`.
+    """Attend to shared keys, and leave the states for `chatpage.kernels.merge.merge`.
 
     Args:
-        query, keys, values, tables, scaling, softcap: as there.
-        tasks: (tasks, 4) of int32: index of the first member, number of members (0: no task), begin and end of the
-            keys' positions.
+        query, keys, values, tables, scaling, softcap: see `chatpage.kernels.decode.attend_decodes`.
+        tasks: (tasks, 8) of int32: index of the first member, number of members (0: no task), positions of the first
+            key and behind the last one, multiples of KEYS apart, where the members' table begins, and nothing.
         members: rows that share, group after group.
         left: where a task leaves its states, `kv_heads` times `shared_rows` rows each.
         shared_rows: of a task's matrix: at least its members times heads / kv_heads; a power of two from 16 on.
@@ -81,7 +81,7 @@ def attend_shared(
     value_size = values.shape[3]
     _shared[(kv_heads, len(tasks))](
         query, keys, values, tables, tasks, members, *left,
-        query.stride(0), query.stride(1), tables.stride(0), scaling, softcap or 0.0,
+        query.stride(0), query.stride(1), scaling, softcap or 0.0,
         kv_heads, query.shape[1] // kv_heads, key_size, value_size, tile(key_size), tile(value_size),
         block_size, softcap is not None, shared_rows, KEYS,
         num_warps=WARPS, num_stages=STAGES,

@@ -18,11 +18,11 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 class Left(NamedTuple):
-    """Where programs leave their states (see `leave`).
+    """Where programs leave their states for `chatpage.kernels.merge`.
 
     Attributes:
-        answers: (rows, value_size) of float32.
-        sums: (rows,) of float32.
+        answers: (rows, value_size), weighted / total: the answer as if these were all keys.
+        sums: (rows,) of float32: largest + log2 total.
     """
 
     answers: Tensor
@@ -55,12 +55,26 @@ def capped(scores, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def _gather(
+    pool, slots, there, ROW: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
+    """The numbers (slots, TILE) of some slots, zeros where there is nothing to read."""
+    column = tl.arange(0, TILE)
+    at = pool + slots[:, None] * ROW + column[None, :]
+    if not WHOLE:
+        return tl.load(at, mask=there[:, None] & (column < SIZE)[None, :], other=0.0)
+    elif SIZE < TILE:
+        return tl.load(at, mask=(column < SIZE)[None, :], other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
 def attend(
-    state, query, keys, values, table, positions, inside, first_visible, last_visible,
-    scaling, softcap,
+    state, query, keys, values, table, positions, end, first_visible, last_visible, scaling, softcap,
     KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-    KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
+    KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    CAPPED: tl.constexpr, WHOLE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The state after some more keys.
 
@@ -68,80 +82,42 @@ def attend(
         query: (queries, KEY_TILE).
         keys, values: the pool at the right head; KEY_ROW and VALUE_ROW numbers lie between two slots.
         table: of the sequence.
-        positions, inside: of the keys, and which of them there are: the others are not read.
-        first_visible, last_visible: (queries,) positions; looked at only where MASKED.
+        positions, end: of the keys. Those from `end` on are not read; WHOLE says that there are none.
+        first_visible, last_visible: (queries,) positions that each query sees; looked at only where MASKED.
     """
     largest, total, weighted = state
-    blocks = tl.load(table + positions // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-    slots = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
-    column = tl.arange(0, KEY_TILE)
-    key = tl.load(
-        keys + slots[None, :] * KEY_ROW + column[:, None],
-        mask=inside[None, :] & (column < KEY_SIZE)[:, None],
-        other=0.0,
-    )
-    scores = capped(tl.dot(query, key, input_precision="ieee") * scaling, softcap, CAPPED) * LOG2_E
+    there = positions < end
+    if WHOLE:
+        blocks = tl.load(table + positions // BLOCK_SIZE)
+    else:
+        blocks = tl.load(table + positions // BLOCK_SIZE, mask=there, other=0)
+    slots = blocks.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+    key = _gather(keys, slots, there, KEY_ROW, KEY_SIZE, KEY_TILE, WHOLE)
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scaling
+    scores = capped(scores, softcap, CAPPED) * LOG2_E
     if MASKED:
         visible = (positions[None, :] >= first_visible[:, None]) & (positions[None, :] <= last_visible[:, None])
-        scores = tl.where(visible & inside[None, :], scores, float("-inf"))
-        new = tl.maximum(largest, tl.max(scores, 1))
-        shift = tl.where(new == float("-inf"), 0.0, new)  # a query may see none of these keys
-    else:
-        scores = tl.where(inside[None, :], scores, float("-inf"))
-        new = tl.maximum(largest, tl.max(scores, 1))
-        shift = new
+        scores = tl.where(visible, scores, float("-inf"))
+    elif not WHOLE:
+        scores = tl.where(there[None, :], scores, float("-inf"))
+    new = tl.maximum(largest, tl.max(scores, 1))
+    shift = tl.where(new == float("-inf"), 0.0, new) if MASKED else new  # a query may see none of these keys
     weights = tl.exp2(scores - shift[:, None])
     fade = tl.exp2(largest - shift)
-    column = tl.arange(0, VALUE_TILE)
-    value = tl.load(
-        values + slots[:, None] * VALUE_ROW + column[None, :],
-        mask=inside[:, None] & (column < VALUE_SIZE)[None, :],
-        other=0.0,
-    )
+    value = _gather(values, slots, there, VALUE_ROW, VALUE_SIZE, VALUE_TILE, WHOLE)
     weighted = tl.dot(weights.to(value.dtype), value, weighted * fade[:, None], input_precision="ieee")
     return new, total * fade + tl.sum(weights, 1), weighted
 
 
 @triton.jit
-def merge(
-    state, answers, sums, first, count, row, present, stride,
-    SIZE: tl.constexpr, TILE: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
-    """The state after what `count` tasks from `first` on left behind (see `leave`); `stride` rows lie between two tasks.
-
-    What other programs of the same launch left is read from the second-level cache: the first one may be stale.
-    """
-    largest, total, weighted = state
-    column = tl.arange(0, TILE)
-    for begin in range(0, count, AT_ONCE):
-        task = begin + tl.arange(0, AT_ONCE)
-        there = (task < count)[:, None] & present[None, :]
-        at = (first + task).to(tl.int64)[:, None] * stride + row[None, :]
-        theirs = tl.load(sums + at, mask=there, other=float("-inf"), cache_modifier=".cg")
-        answer = tl.load(
-            answers + at[:, :, None] * SIZE + column[None, None, :],
-            mask=there[:, :, None] & (column < SIZE)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        new = tl.maximum(largest, tl.max(theirs, 0))
-        shift = tl.where(new == float("-inf"), 0.0, new)
-        weights, fade = tl.exp2(theirs - shift[None, :]), tl.exp2(largest - shift)
-        weighted = weighted * fade[:, None] + tl.sum(weights[:, :, None] * answer, 0)
-        total = total * fade + tl.sum(weights, 0)
-        largest = new
-    return largest, total, weighted
-
-
-@triton.jit
 def leave(state, answers, sums, row, present, SIZE: tl.constexpr, TILE: tl.constexpr):
-    """Write a state down for `merge`: the answer as if these were all keys, and the logarithm of the total."""
+    """Write a state down (see `Left`)."""
     largest, total, weighted = state
     column = tl.arange(0, TILE)
     answer = weighted / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(
         answers + row.to(tl.int64)[:, None] * SIZE + column[None, :],
-        answer,
+        answer.to(answers.dtype.element_ty),
         mask=present[:, None] & (column < SIZE)[None, :],
     )
     tl.store(sums + row, largest + tl.log2(total), mask=present)

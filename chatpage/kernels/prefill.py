@@ -6,8 +6,9 @@ attended to without a mask; the last ones, and under a window the first ones, wi
 
 import triton
 import triton.language as tl
-from chatpage.kernels.softmax import answer, attend, empty, tile
 from torch import Tensor
+
+from chatpage.kernels.softmax import answer, attend, empty, tile
 
 ROWS = 64  # queries times heads that share a KV head, of a program
 KEYS = 64  # of a program at once
@@ -18,14 +19,14 @@ STAGES = 2  # of loads that run ahead
 @triton.jit
 def _prefill(
     query, keys, values, tables, tasks, out, sinks,
-    query_stride, head_stride, table_stride, scaling, softcap,
+    query_stride, head_stride, scaling, softcap,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr,
     KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     kv_head, task = tl.program_id(0), tl.program_id(1)
-    row, first_token = tl.load(tasks + task * 4), tl.load(tasks + task * 4 + 1)
-    count, first_position = tl.load(tasks + task * 4 + 2), tl.load(tasks + task * 4 + 3)
+    first_token, count = tl.load(tasks + task * 4), tl.load(tasks + task * 4 + 1)
+    first_position, table = tl.load(tasks + task * 4 + 2), tables + tl.load(tasks + task * 4 + 3)
     if count == 0:
         return
     index = tl.arange(0, ROWS)
@@ -38,7 +39,6 @@ def _prefill(
         mask=present[:, None] & (column < KEY_SIZE)[None, :],
         other=0.0,
     )
-    table = tables + row.to(tl.int64) * table_stride
     last_visible = first_position + tl.minimum(index // GROUP, count - 1)
     end = first_position + count
     if WINDOW:
@@ -52,20 +52,18 @@ def _prefill(
 
     state = empty(ROWS, VALUE_TILE)
     for start in tl.range(first, masked_from, KEYS):
-        positions = start + tl.arange(0, KEYS)
         state = attend(
             state, asked, keys + kv_head * KEY_SIZE, values + kv_head * VALUE_SIZE, table,
-            positions, positions < end, first_visible, last_visible, scaling, softcap,
-            KV_HEADS * KEY_SIZE, KV_HEADS * VALUE_SIZE, KEY_SIZE, VALUE_SIZE, KEY_TILE, VALUE_TILE,
-            BLOCK_SIZE, CAPPED, MASKED=False,
+            start + tl.arange(0, KEYS), end, first_visible, last_visible, scaling, softcap,
+            KV_HEADS * KEY_SIZE, KV_HEADS * VALUE_SIZE, KEY_SIZE, VALUE_SIZE, KEY_TILE, VALUE_TILE, BLOCK_SIZE,
+            CAPPED, WHOLE=True, MASKED=False,
         )  # fmt: skip
     for start in tl.range(masked_from, end, KEYS):
-        positions = start + tl.arange(0, KEYS)
         state = attend(
             state, asked, keys + kv_head * KEY_SIZE, values + kv_head * VALUE_SIZE, table,
-            positions, positions < end, first_visible, last_visible, scaling, softcap,
-            KV_HEADS * KEY_SIZE, KV_HEADS * VALUE_SIZE, KEY_SIZE, VALUE_SIZE, KEY_TILE, VALUE_TILE,
-            BLOCK_SIZE, CAPPED, MASKED=True,
+            start + tl.arange(0, KEYS), end, first_visible, last_visible, scaling, softcap,
+            KV_HEADS * KEY_SIZE, KV_HEADS * VALUE_SIZE, KEY_SIZE, VALUE_SIZE, KEY_TILE, VALUE_TILE, BLOCK_SIZE,
+            CAPPED, WHOLE=False, MASKED=True,
         )  # fmt: skip
     answer(state, sinks, head, out, token * HEADS + head, present, SINKS, VALUE_SIZE, VALUE_TILE)
 
@@ -92,8 +90,8 @@ def attend_chunks(
 
     Args:
         query, keys, values, tables, out, scaling, softcap, sinks: see `chatpage.kernels.decode.attend_decodes`.
-        tasks: (tasks, 4) of int32: row, index of the first query's token, number of queries (0: no task; at most
-            `queries_per_task`), and the first query's position.
+        tasks: (tasks, 4) of int32: index of the first query's token, number of queries (0: no task; at most
+            `queries_per_task`), the first query's position, and where the row's table begins in `tables`.
         window: see `chatpage.model.attention.Attention`.
     """
     _, block_size, kv_heads, key_size = keys.shape
@@ -101,7 +99,7 @@ def attend_chunks(
     rows = max(ROWS, triton.next_power_of_2(heads // kv_heads))
     _prefill[(kv_heads, len(tasks))](
         query, keys, values, tables, tasks, out, sinks,
-        query.stride(0), query.stride(1), tables.stride(0), scaling, softcap or 0.0,
+        query.stride(0), query.stride(1), scaling, softcap or 0.0,
         heads, kv_heads, heads // kv_heads, window or 0, key_size, value_size, tile(key_size), tile(value_size),
         block_size, softcap is not None, sinks is not None, rows, KEYS,
         num_warps=WARPS, num_stages=STAGES,

@@ -1,0 +1,110 @@
+"""Paged attention of single queries, each to its own blocks.
+
+    row 0  ├──── shared with others ────┼─ task 0 ─┼─ task 1 ─┤       one program per task and KV head
+    row 1  ├──── shared with others ────┼─ task 2 ─┤
+
+The query heads that share a KV head are the rows of one matrix, so that each key is read once for all of them. A long
+row is split into several tasks (Dao et al., Flash-Decoding, 2023).
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chatpage.kernels.softmax import Left, answer, attend, empty, leave, tile
+from chatpage.kernels.target import EARLY
+
+# Measured on an H200 with heads of 128 numbers: of 64 keys at once, two warps and three stages, every other choice was
+# slower where there is much to read (`benchmarks/RESULTS.md`).
+KEYS = 64  # of a program at once
+WARPS = 2
+STAGES = 3  # of loads that run ahead
+
+
+@triton.jit
+def _decode(
+    query, keys, values, tables, tasks, rows, out, sinks, answers, sums,
+    query_stride, head_stride, scaling, softcap,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    kv_head, task = tl.program_id(0), tl.program_id(1)
+    row, begin = tl.load(tasks + task * 4), tl.load(tasks + task * 4 + 1)
+    end, table = tl.load(tasks + task * 4 + 2), tables + tl.load(tasks + task * 4 + 3)
+    if begin == end:
+        return
+    is_alone = tl.load(rows + row * 8 + 1) + tl.load(rows + row * 8 + 3) == 1
+
+    group: tl.constexpr = HEADS // KV_HEADS
+    member = tl.arange(0, ROWS)
+    present = member < group
+    head = kv_head * group + member
+    column = tl.arange(0, KEY_TILE)
+    asked = tl.load(
+        query + row.to(tl.int64) * query_stride + head[:, None] * head_stride + column[None, :],
+        mask=present[:, None] & (column < KEY_SIZE)[None, :],
+        other=0.0,
+    )
+    state = empty(ROWS, VALUE_TILE)
+    whole = begin + (end - begin) // KEYS * KEYS
+    for start in tl.range(begin, whole, KEYS):
+        state = attend(
+            state, asked, keys + kv_head * KEY_SIZE, values + kv_head * VALUE_SIZE, table,
+            start + tl.arange(0, KEYS), end, member, member, scaling, softcap,
+            KV_HEADS * KEY_SIZE, KV_HEADS * VALUE_SIZE, KEY_SIZE, VALUE_SIZE, KEY_TILE, VALUE_TILE, BLOCK_SIZE,
+            CAPPED, WHOLE=True, MASKED=False,
+        )  # fmt: skip
+    if whole < end:
+        state = attend(
+            state, asked, keys + kv_head * KEY_SIZE, values + kv_head * VALUE_SIZE, table,
+            whole + tl.arange(0, KEYS), end, member, member, scaling, softcap,
+            KV_HEADS * KEY_SIZE, KV_HEADS * VALUE_SIZE, KEY_SIZE, VALUE_SIZE, KEY_TILE, VALUE_TILE, BLOCK_SIZE,
+            CAPPED, WHOLE=False, MASKED=False,
+        )  # fmt: skip
+    if is_alone:
+        answer(state, sinks, head, out, row.to(tl.int64) * HEADS + head, present, SINKS, VALUE_SIZE, VALUE_TILE)
+    else:
+        leave(state, answers, sums, task * HEADS + head, present, VALUE_SIZE, VALUE_TILE)
+
+
+def attend_decodes(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    tasks: Tensor,
+    rows: Tensor,
+    left: Left,
+    out: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    """Attend for the first queries of a step, one a row: answer, or leave states where a row is not done by one task.
+
+    Args:
+        query: (tokens, heads, key_size), the last dimension without gaps.
+        keys, values: the pool of one layer, (blocks, block_size, kv_heads, key_size or value_size).
+        tables: int32: block tables, one behind the other.
+        tasks: (tasks, 4) of int32: row, positions of the first key and behind the last one (the same: no task), and
+            where the row's table begins in `tables`.
+        rows: see `chatpage.kernels.merge.merge`.
+        left: where a task leaves its states, `heads` rows each.
+        out: (tokens, heads, value_size), contiguous.
+        scaling, softcap, sinks: see `chatpage.model.attention.Attention`.
+    """
+    _, block_size, kv_heads, key_size = keys.shape
+    heads, value_size = query.shape[1], values.shape[3]
+    _decode[(kv_heads, len(tasks))](
+        query, keys, values, tables, tasks, rows, out, sinks, *left,
+        query.stride(0), query.stride(1), scaling, softcap or 0.0,
+        heads, kv_heads, key_size, value_size, tile(key_size), tile(value_size),
+        block_size, softcap is not None, sinks is not None,
+        max(16, triton.next_power_of_2(heads // kv_heads)), KEYS, EARLY,
+        num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
