@@ -167,6 +167,7 @@ def test_rows_of_the_null_block_disturb_nobody(shared):
 def test_scores_that_grow_and_fall_along_the_context(rising):
     """What was summed up before must be forgotten where a score is larger by far, and kept where it is smaller."""
     length = 400 if ON_GPU else 60
+    slope = rising * 120 / length
     sketch = Sketch(8)
     trunk = sketch.blocks(3)
     for start in (24, 31, length):
@@ -180,8 +181,8 @@ def test_scores_that_grow_and_fall_along_the_context(rising):
         keys = case.pool.keys[0]
         for row in case.batch.rows:
             for position in range(row.start):
-                keys[row.table[position // 8], position % 8, :, 0] = rising * position * 2.0
-        case.key[..., 0] = rising * 2.0 * case.batch.positions[:, None]
+                keys[row.table[position // 8], position % 8, :, 0] = slope * position
+        case.key[..., 0] = slope * case.batch.positions[:, None]
         case.check(paged(shared))
 
 

@@ -4,9 +4,9 @@ from random import Random
 
 import pytest
 import torch
-from chatpage.kernels.copy import BlockCopier
 from torch import Tensor
 
+from chatpage.kernels.copy import BlockCopier
 from chatpage.model.kv import KVPool, LayerShape
 from tests.kernels.case import same_bits
 from tests.kernels.conftest import DEVICE, ON_GPU, needs_gpu
@@ -63,7 +63,7 @@ def test_random_pairs(block_size, dtype):
     random = Random(block_size)
     memories = pools(block_size, dtype, SHAPES if ON_GPU or block_size < 64 else SHAPES[1:3])
     copier = BlockCopier(memories)
-    for count in (1, 9, 0, 200 if ON_GPU else 20, 2):
+    for count in (1, 9, 0, 200 if ON_GPU else 5, 2):
         targets = random.sample(range(1, BLOCKS + 1), count)
         check(memories, copier, [(random.randint(1, BLOCKS), target) for target in targets])
 
@@ -90,7 +90,9 @@ def test_blocks_beyond_two_to_the_31_numbers():
     for block in (1, count - 1):
         memory[block] = torch.randn_like(memory[block])
     old = {block: memory[block].clone() for block in (1, count - 1)}
-    BlockCopier([memory]).copy([(1, count - 2), (count - 1, 2), (count - 1, count - 3), (count - 1, 1), (1, count - 1)])
+    copier = BlockCopier([memory])
+    copier.copy([(1, count - 2), (count - 1, 2)])
+    copier.copy([(count - 1, count - 3), (count - 1, 1), (1, count - 1)])
     wanted = {1: count - 1, 2: count - 1, count - 3: count - 1, count - 2: 1, count - 1: 1}
     for block, source in wanted.items():
         assert same_bits(memory[block], old[source])
