@@ -162,8 +162,16 @@ class _Norm:
             raise NotUsual("Its norms have a bias.")
         self._weight: Tensor = norm.weight
         self._epsilon: float = getattr(norm, "variance_epsilon", None) or norm.eps
+        # The same as x / hypot(|x|, sqrt(size * epsilon)) * (sqrt(size) * weight): half as many calls on a CPU, where
+        # torch has no kernel of its own for it.
+        self._by_length = norm.weight.is_cpu and norm.weight.dtype == torch.float32
+        self._scale = norm.weight.detach() * norm.weight.numel() ** 0.5
+        self._floor = norm.weight.new_tensor((norm.weight.numel() * self._epsilon) ** 0.5)
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        if self._by_length:
+            length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+            return hidden / torch.hypot(length, self._floor) * self._scale
         return F.rms_norm(hidden, self._weight.shape, self._weight, self._epsilon)
 
 
