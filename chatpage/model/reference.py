@@ -73,7 +73,7 @@ class ReferenceAttention:
         self.pool = pool
         self.batch = batch
         self.groups = _groups(batch)
-        self._reaches: dict[int | None, list[Reach]] = {}
+        self._reaches: dict[int | None, list[tuple[Reach, Tensor | None]]] = {}  # by window, with their masks as biases
 
     def attend(
         self,
@@ -90,13 +90,13 @@ class ReferenceAttention:
         self.pool.store(layer, self.batch.slots, key, value)
         keys, values = self.pool.flat(self.pool.keys[layer]), self.pool.flat(self.pool.values[layer])
         answers = []
-        for group, reach in zip(self.groups, self._reach(window), strict=True):
+        for group, (reach, bias) in zip(self.groups, self._reach(window), strict=True):
             asked = query[group.first_token : group.first_token + group.rows * group.queries]
             answer = attention(
-                asked.unflatten(0, (group.rows, group.queries)).transpose(1, 2),
+                asked.view(group.rows, group.queries, *asked.shape[1:]).transpose(1, 2),
                 _gather(keys, reach.slots),
                 _gather(values, reach.slots),
-                reach.mask,
+                bias,
                 scaling=scaling,
                 softcap=softcap,
                 sinks=sinks,
@@ -105,9 +105,10 @@ class ReferenceAttention:
             answers.append(answer.transpose(1, 2).flatten(0, 1))
         return answers[0] if len(answers) == 1 else torch.cat(answers)
 
-    def _reach(self, window: int | None) -> list[Reach]:
+    def _reach(self, window: int | None) -> list[tuple[Reach, Tensor | None]]:
         if window not in self._reaches:
-            self._reaches[window] = [_reach(group, self.batch, window) for group in self.groups]
+            reaches = [_reach(group, self.batch, window) for group in self.groups]
+            self._reaches[window] = [(reach, _bias(reach.mask, self.pool.keys[0].dtype)) for reach in reaches]
         return self._reaches[window]
 
 
@@ -115,7 +116,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    bias: Tensor | None,
     *,
     scaling: float,
     softcap: float | None = None,
@@ -127,7 +128,7 @@ def attention(
     Args:
         query: (rows, heads, queries, key_size).
         key, value: (rows, kv_heads, keys, key_size or value_size); heads is a multiple of kv_heads.
-        mask: (rows, 1, queries, keys), True where a query sees a key; None lets it see all.
+        bias: (rows, 1, queries, keys), 0 where a query sees a key, else −inf; None lets it see all.
         scaling, softcap, sinks: see `chatpage.model.attention.Attention`.
         shared: keys and values (1, kv_heads, keys, size) that every row sees besides its own.
     """
@@ -135,15 +136,15 @@ def attention(
     kv_heads = key.shape[1]
     is_plain = softcap is None and sinks is None
     if is_plain and shared is None and queries > 1:
-        return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=heads > kv_heads)
+        return F.scaled_dot_product_attention(query, key, value, bias, scale=scaling, enable_gqa=heads > kv_heads)
     # The heads that share keys become queries of one head, so that no key is repeated.
     packed = query.reshape(rows, kv_heads, -1, query.shape[-1])
     if is_plain and shared is None:
-        answer = F.scaled_dot_product_attention(packed, key, value, mask, scale=scaling)
-    elif is_plain and shared and mask is not None and query.is_cpu and key.shape[-1] == value.shape[-1]:
-        answer = _merged(packed, key, value, mask, scaling, shared)
+        answer = F.scaled_dot_product_attention(packed, key, value, bias, scale=scaling)
+    elif is_plain and shared and bias is not None and query.is_cpu and key.shape[-1] == value.shape[-1]:
+        answer = _merged(packed, key, value, bias, scaling, shared)
     else:
-        answer = _explicit(packed, key, value, mask, scaling, softcap, sinks, shared)
+        answer = _explicit(packed, key, value, bias, scaling, softcap, sinks, shared)
     return answer.reshape(rows, heads, queries, -1)
 
 
@@ -151,7 +152,7 @@ def _explicit(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    bias: Tensor | None,
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
@@ -166,8 +167,8 @@ def _explicit(
     before = scores.shape[-1] - key.shape[2]
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores[..., before:].unflatten(2, (-1, mask.shape[2])).masked_fill_(~mask[:, :, None], -torch.inf)
+    if bias is not None:
+        scores[..., before:].unflatten(2, (-1, bias.shape[2])).add_(bias[:, :, None])
     if sinks is not None:
         queries = scores.shape[2] * kv_heads // len(sinks)
         column = sinks.float().view(1, kv_heads, -1, 1, 1).expand(rows, -1, -1, queries, -1)
@@ -179,7 +180,7 @@ def _explicit(
     return answer
 
 
-def _merged(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, shared: Pair) -> Tensor:
+def _merged(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float, shared: Pair) -> Tensor:
     """Attention to the shared keys and to each row's own, merged by the logarithms of their weights' sums.
 
     Faster than with one softmax over both: this kernel, the one behind `scaled_dot_product_attention`, never writes the
@@ -190,7 +191,6 @@ def _merged(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: fl
     out, sums = kernel(together, *shared, scale=scaling)
     first = out[0].unflatten(1, (query.shape[0], -1)).transpose(0, 1)
     first_sums = sums[0].unflatten(1, (query.shape[0], -1)).transpose(0, 1)
-    bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
     own, own_sums = kernel(query, key, value, attn_mask=bias, scale=scaling)
     return own.lerp(first, (first_sums - own_sums).sigmoid()[..., None].to(own.dtype))
 
@@ -296,8 +296,13 @@ def _mask(group: Group, first: int, keys: int, window: int | None) -> Tensor | N
     return mask[:, None]
 
 
+def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What a mask adds to the scores."""
+    return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
 def _gather(flat: Tensor, slots: Tensor | slice) -> Tensor:
     """Rows (slots, heads, size) of the pool as (rows, heads, keys, size). A slice is not copied."""
     if isinstance(slots, slice):
         return flat[slots].transpose(0, 1)[None]
-    return flat.index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)
+    return flat.index_select(0, slots.flatten()).view(*slots.shape, *flat.shape[1:]).transpose(1, 2)
