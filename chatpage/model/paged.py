@@ -22,7 +22,7 @@ from chatpage.kernels.softmax import Left
 from chatpage.kernels.store import store
 from chatpage.model.batch import Batch, Row
 from chatpage.model.kv import KVPool
-from chatpage.model.plan import Ints, Kind, Plan, Sharing, find_sharing, make_plan
+from chatpage.model.plan import Ints, Kind, Plan, find_sharing, make_plan
 
 CPU_PROCESSORS = 8  # under Triton's interpreter
 
@@ -193,8 +193,6 @@ class PagedAttention(KernelAttention):
 
     def __init__(self, pool: KVPool, batch: Batch, *, shared: bool | None = None) -> None:
         groups = [] if shared is False else find_sharing(batch.rows, batch.block_size)
-        if shared is None:
-            groups = [group for group in groups if is_worth_sharing(group)]
         starts, tables = flat_tables(batch.rows, batch.block_size)
         flat = torch.from_numpy(tables).to(batch.slots.device)
 
@@ -207,15 +205,11 @@ class PagedAttention(KernelAttention):
                 kind,
                 processors=processors(flat.device),
                 queries=queries_per_task(kind.heads, kind.kv_heads),
+                always=shared is True,
             )
             return DevicePlan.of(plan, flat)
 
         super().__init__(pool, batch.slots, plan_for)
-
-
-def is_worth_sharing(group: Sharing) -> bool:
-    """Whether it is faster to read what they share once, and merge (measured on an H200, see benchmarks/RESULTS.md)."""
-    return group.saved >= 512
 
 
 def flat_tables(rows: Sequence[Row], block_size: int) -> tuple[list[int], Ints]:

@@ -26,6 +26,11 @@ OWN_PROGRAMS, OWN_KEYS = 4, 256
 SHARED_PROGRAMS, SHARED_KEYS = 2, 128
 TILE = 64  # keys: shared tasks end at multiples of it; what is left of the shared ones each row reads for itself
 
+# What things take, in the time in which a program attends to a tile of keys, as measured on an H200: so many tiles can
+# be read side by side by each multiprocessor; keys that several rows read for themselves come from its cache mostly;
+# a merge begins, and handles so many heads meanwhile; the shared tasks begin beside the own ones.
+READ_AT_ONCE, CACHED, MERGE, MERGED_AT_ONCE, BESIDE = 1.9, 0.5, 1.3, 3000, 0.3
+
 OWN_FIELDS, ROW_FIELDS, SHARED_FIELDS, CHUNK_FIELDS = 4, 8, 8, 4  # columns of the tables in `Plan`
 
 
@@ -86,14 +91,21 @@ class Plan:
 
 
 def make_plan(
-    rows: Sequence[Row], tables: Sequence[int], groups: list[Sharing], kind: Kind, *, processors: int, queries: int
+    rows: Sequence[Row],
+    tables: Sequence[int],
+    groups: list[Sharing],
+    kind: Kind,
+    *,
+    processors: int,
+    queries: int,
+    always: bool = False,
 ) -> Plan:
     """Split a step's attention into tasks.
 
     Args:
         rows: decodes first.
         tables: where each row's block table begins.
-        groups: decodes whose leading keys are to be read once.
+        groups: decodes that share their leading keys: these are read once where that is faster, or `always`.
         processors: multiprocessors of the device.
         queries: of a chunk's task, at most.
     """
@@ -102,13 +114,14 @@ def make_plan(
     begins = np.zeros(decodes, dtype=np.int64)
     if kind.window is not None:
         begins, groups = np.maximum(contexts - kind.window, 0), []
+    elif groups and not always and not _pays(contexts, groups, kind, processors):
+        groups = []
     notes = np.zeros((decodes, ROW_FIELDS), dtype=np.int32)
+    own_wanted, shared_wanted = tasks_wanted(kind, processors)
     shared_rows = rows_of_shared(max((len(sharing.rows) for sharing in groups), default=1), kind.group)
-    shared, members = _share(
-        groups, tables, notes, begins, shared_rows // kind.group, tasks_wanted(kind, processors)[1]
-    )
+    shared, members = _share(groups, tables, notes, begins, shared_rows // kind.group, shared_wanted)
     return Plan(
-        own=_split(begins, contexts, tables, notes, tasks_wanted(kind, processors)[0]),
+        own=_split(begins, contexts, tables, notes, own_wanted),
         rows=notes,
         shared=shared,
         members=members,
@@ -140,9 +153,7 @@ def _share(
     members: list[int] = []
     tiles = sum(-(-len(sharing.rows) // per_task) for sharing in groups)
     for sharing in groups:
-        splits = max(1, min(wanted // tiles, sharing.tokens // SHARED_KEYS))
-        length = _rounded(-(-sharing.tokens // splits), TILE)
-        edges = [*range(0, sharing.tokens, length), sharing.tokens]
+        edges = [*range(0, sharing.tokens, _shared_step(sharing.tokens, wanted // tiles)), sharing.tokens]
         begins[sharing.rows] = sharing.tokens
         for first in range(0, len(sharing.rows), per_task):
             tile = sharing.rows[first : first + per_task]
@@ -153,12 +164,16 @@ def _share(
     return np.array(tasks, dtype=np.int32).reshape(-1, SHARED_FIELDS), np.array(members, dtype=np.int32)
 
 
+def _shared_step(tokens: int, wanted: int) -> int:
+    """Keys of a shared task, where so many tasks are wanted for these tokens."""
+    splits = max(1, min(wanted, tokens // SHARED_KEYS))
+    return _rounded(-(-tokens // splits), TILE)
+
+
 def _split(begins: NDArray, ends: NDArray, tables: Sequence[int], notes: Ints, wanted: int) -> Ints:
-    """Own tasks of about equal length, at most `wanted` more than rows; tells `notes` which ones belong to whom."""
+    """Own tasks of about equal length; tells `notes` which ones belong to whom."""
     lengths = ends - begins
-    aim = max(OWN_KEYS, -(-int(lengths.sum()) // wanted))
-    splits = np.maximum(1, np.rint(lengths / aim).astype(np.int64))
-    steps = _rounded(-(-lengths // splits), TILE)
+    steps = _own_steps(lengths, wanted)
     splits = -(-lengths // steps)
     firsts = np.cumsum(splits) - splits
     notes[:, 0], notes[:, 1] = firsts, splits
@@ -166,6 +181,13 @@ def _split(begins: NDArray, ends: NDArray, tables: Sequence[int], notes: Ints, w
     starts = begins[owners] + (np.arange(len(owners)) - firsts[owners]) * steps[owners]
     ends = np.minimum(starts + steps[owners], ends[owners])
     return np.stack([owners, starts, ends, np.array(tables, dtype=np.int64)[owners]], axis=1).astype(np.int32)
+
+
+def _own_steps(lengths: NDArray, wanted: int) -> NDArray:
+    """Keys of each row's tasks. There are at most `wanted` more tasks than rows."""
+    aim = max(OWN_KEYS, -(-int(lengths.sum()) // wanted))
+    splits = np.maximum(1, np.rint(lengths / aim).astype(np.int64))
+    return _rounded(-(-lengths // splits), TILE)
 
 
 def _tiles(rows: Sequence[Row], tables: Sequence[int], decodes: int, queries: int) -> Ints:
@@ -189,6 +211,29 @@ def _rounded(number, to: int):
 
 
 # -- who shares -------------------------------------------------------------------------------------------------------
+
+
+def _pays(contexts: NDArray, groups: list[Sharing], kind: Kind, processors: int) -> bool:
+    """Whether reading shared keys once, and merging, is faster than letting each row read them for itself."""
+    own_wanted, shared_wanted = tasks_wanted(kind, processors)
+    saved = np.zeros(len(contexts), dtype=np.int64)
+    for sharing in groups:
+        saved[sharing.rows] = sharing.tokens
+    at_once = READ_AT_ONCE * processors / kind.kv_heads * TILE
+    merge = MERGE + len(contexts) * kind.heads / MERGED_AT_ONCE
+
+    alone_steps = _own_steps(contexts, own_wanted)
+    alone = max(alone_steps.max() / TILE, (contexts - saved + CACHED * saved).sum() / at_once)
+    if (alone_steps < contexts).any():
+        alone += merge
+
+    per_task = rows_of_shared(max(len(sharing.rows) for sharing in groups), kind.group) // kind.group
+    tiles = [-(-len(sharing.rows) // per_task) for sharing in groups]
+    longest = max(_shared_step(sharing.tokens, shared_wanted // sum(tiles)) for sharing in groups)
+    products = sum(count * sharing.tokens for count, sharing in zip(tiles, groups, strict=True))
+    own = contexts - saved
+    own_time = max(_own_steps(own, own_wanted).max() / TILE, own.sum() / at_once)
+    return max(own_time, longest / TILE, products / at_once) + merge + BESIDE < alone
 
 
 def find_sharing(rows: Sequence[Row], block_size: int) -> list[Sharing]:
