@@ -21,6 +21,7 @@ row's own distribution. So neither the other rows of the batch, nor how often a 
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from itertools import chain, repeat
 
 import torch
@@ -34,22 +35,64 @@ LOWEST_TEMPERATURE = 1e-6
 BROKEN = Drawn(error="The model's output was not a number (NaN or infinite).")
 
 
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What rows gave, perhaps on a device that has not come so far yet.
+
+    Attributes:
+        tokens: (rows,), there: −1 where a row is broken.
+    """
+
+    tokens: Tensor
+    _draws: list[Draw | None]
+    _tokens: Tensor  # on the host
+    _logprobs: "_Logprobs | None"
+    _arrived: torch.cuda.Event | None
+
+    def drawn(self) -> list[Drawn]:
+        """One entry a row; waits for the device."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        logprobs = self._logprobs.of_rows() if self._logprobs else {}
+        return [
+            BROKEN if token < 0 else Drawn(token if draw else None, logprobs.get(i))
+            for i, (draw, token) in enumerate(zip(self._draws, self._tokens.tolist(), strict=True))
+        ]
+
+
 def sample(logits: Tensor, draws: list[Draw | None]) -> list[Drawn]:
-    """What each row of the logits (draws, vocabulary) gives: the token that its draw asks for, if it asks for one.
+    """What each row of the logits (rows, vocabulary) gives: the token that its draw asks for, if it asks for one.
 
     A row is broken where its largest logit is not a finite number.
     """
-    largest, tokens = logits.max(dim=-1)
+    return begin_sampling(logits, draws).drawn()
+
+
+def begin_sampling(logits: Tensor, draws: list[Draw | None], largest: Tensor | None = None) -> Sampled:
+    """The same, without waiting for the device.
+
+    Args:
+        largest: what `tokens_of_largest` says, if it was asked already; written to.
+    """
+    tokens = tokens_of_largest(logits) if largest is None else largest
     wishes = {i: draw for i, draw in enumerate(draws) if draw is not None and not _is_plain(draw)}
     if wishes:
-        rows = torch.tensor(list(wishes), device=logits.device)
-        tokens[rows] = _choose(logits[rows].float(), list(wishes.values()))
+        rows = _there(list(wishes), logits)
+        chosen = _choose(logits[rows].float(), list(wishes.values()))
+        tokens[rows] = chosen.where(tokens[rows] >= 0, -1)
     logprobs = _logprobs(logits, tokens, draws)
-    finite = largest.isfinite().tolist()
-    return [
-        Drawn(token if draw else None, logprobs.get(i)) if sound else BROKEN
-        for i, (draw, token, sound) in enumerate(zip(draws, tokens.tolist(), finite, strict=True))
-    ]
+    here = tokens.to("cpu", non_blocking=True)
+    arrived = None
+    if logits.is_cuda:
+        arrived = torch.cuda.Event()
+        arrived.record()
+    return Sampled(tokens, draws, here, logprobs, arrived)
+
+
+def tokens_of_largest(logits: Tensor) -> Tensor:
+    """The token (rows,) of each row's largest logit, −1 where that is not a finite number."""
+    largest, tokens = logits.max(dim=-1)
+    return tokens.where(largest.isfinite(), -1)
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
@@ -89,7 +132,7 @@ def _choose(logits: Tensor, draws: list[Draw]) -> Tensor:
         return _draw(logits, draws)
     tokens = logits.argmax(dim=-1)
     if random:
-        rows = torch.tensor(random, device=logits.device)
+        rows = _there(random, logits)
         tokens[rows] = _draw(logits[rows], [draws[i] for i in random])
     return tokens
 
@@ -101,7 +144,7 @@ def _add_biases(logits: Tensor, draws: list[Draw]) -> None:
     biased = [dict(draw.params.logit_bias) for draw in draws]
     if any(biased):
         biases = list(chain.from_iterable(of_row.values() for of_row in biased))
-        logits[_pairs(biased, logits)] += logits.new_tensor(biases)
+        logits[_pairs(biased, logits)] += _there(biases, logits, torch.float32)
 
 
 def _ban(logits: Tensor, draws: list[Draw]) -> None:
@@ -110,9 +153,9 @@ def _ban(logits: Tensor, draws: list[Draw]) -> None:
     if banning:
         # A configuration may name an end that its model does not know.
         known = [[token for token in draws[i].banned if token < logits.shape[-1]] for i in banning]
-        rows = torch.tensor(banning, device=logits.device)
+        rows = _there(banning, logits)
         before = logits[rows]
-        after = before.index_put(_pairs(known, logits), logits.new_tensor(-torch.inf))
+        after = before.index_put(_pairs(known, logits), logits.new_full((), -torch.inf))
         nothing_left = after.amax(dim=-1, keepdim=True) == -torch.inf
         logits[rows] = torch.where(nothing_left, before, after)
 
@@ -122,7 +165,7 @@ def _penalize_repetition(logits: Tensor, draws: list[Draw]) -> None:
     if any(had):
         # A token that comes twice is read twice and then written twice with the same number.
         rows, tokens = _pairs(had, logits)
-        penalties = logits.new_tensor([draw.params.repetition_penalty for draw in draws])[rows]
+        penalties = _there([draw.params.repetition_penalty for draw in draws], logits, torch.float32)[rows]
         before = logits[rows, tokens]
         logits[rows, tokens] = torch.where(before < 0, before * penalties, before / penalties)
 
@@ -135,15 +178,15 @@ def _penalize_drawn(logits: Tensor, draws: list[Draw]) -> None:
             for draw, of_row in zip(draws, drawn, strict=True)
             for times in of_row.values()
         ]
-        logits[_pairs(drawn, logits)] -= logits.new_tensor(taken)
+        logits[_pairs(drawn, logits)] -= _there(taken, logits, torch.float32)
 
 
 def _pairs(tokens: Sequence[Collection[int]], like: Tensor) -> tuple[Tensor, Tensor]:
     """Row and token of each token of each row."""
     rows = chain.from_iterable(repeat(i, len(of_row)) for i, of_row in enumerate(tokens))
     return (
-        torch.tensor(list(rows), dtype=torch.int64, device=like.device),
-        torch.tensor(list(chain.from_iterable(tokens)), dtype=torch.int64, device=like.device),
+        _there(list(rows), like),
+        _there(list(chain.from_iterable(tokens)), like),
     )
 
 
@@ -155,22 +198,22 @@ def _draw(logits: Tensor, draws: list[Draw]) -> Tensor:
     probabilities = _probabilities(logits, [draw.params.temperature for draw in draws])
     filtered = [i for i, d in enumerate(draws) if d.params.top_p < 1 or 0 < d.params.top_k < logits.shape[-1]]
     if filtered:
-        rows = torch.tensor(filtered, device=logits.device)
+        rows = _there(filtered, logits)
         params = [draws[i].params for i in filtered]
         probabilities[rows] = _keep(probabilities[rows], [p.top_k for p in params], [p.top_p for p in params])
     cut = [i for i, draw in enumerate(draws) if draw.params.min_p > 0]
     if cut:
-        rows = torch.tensor(cut, device=logits.device)
+        rows = _there(cut, logits)
         probabilities[rows] = _cut(probabilities[rows], [draws[i].params.min_p for i in cut])
     cumulated = probabilities.cumsum(dim=-1, dtype=torch.float64)
     points = [uniform(draw.seed, draw.choice, draw.position) for draw in draws]
-    points = torch.tensor(points, dtype=torch.float64, device=logits.device)[:, None]
+    points = _there(points, logits, torch.float64)[:, None]
     # A token of probability 0 cannot be hit: the sum does not rise there, and `right` passes over equal sums.
     return torch.searchsorted(cumulated, points * cumulated[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 def _probabilities(logits: Tensor, temperatures: list[float]) -> Tensor:
-    heat = torch.tensor(temperatures, device=logits.device).clamp(min=LOWEST_TEMPERATURE)[:, None]
+    heat = _there(temperatures, logits, torch.float32).clamp(min=LOWEST_TEMPERATURE)[:, None]
     return ((logits - logits.amax(dim=-1, keepdim=True)) / heat).softmax(dim=-1)
 
 
@@ -178,8 +221,8 @@ def _keep(probabilities: Tensor, top_k: list[int], top_p: list[float]) -> Tensor
     """Zero all but the top_k likeliest (0: all), and of these all but the likeliest that reach top_p of their sum."""
     device, vocabulary = probabilities.device, probabilities.shape[-1]
     ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
-    counts = torch.tensor([k if 0 < k < vocabulary else vocabulary for k in top_k], device=device)
-    shares = torch.tensor(top_p, device=device)[:, None]
+    counts = _there([k if 0 < k < vocabulary else vocabulary for k in top_k], probabilities)
+    shares = _there(top_p, probabilities, torch.float32)[:, None]
     kept = ordered.masked_fill(torch.arange(vocabulary, device=device) >= counts[:, None], 0.0)
     before = kept.cumsum(dim=-1) - kept
     kept = kept.masked_fill(before >= shares * kept.sum(dim=-1, keepdim=True), 0.0)
@@ -188,24 +231,46 @@ def _keep(probabilities: Tensor, top_k: list[int], top_p: list[float]) -> Tensor
 
 def _cut(probabilities: Tensor, min_p: list[float]) -> Tensor:
     """Zero all that are below min_p times the likeliest."""
-    lowest = probabilities.new_tensor(min_p)[:, None] * probabilities.amax(dim=-1, keepdim=True)
+    lowest = _there(min_p, probabilities, torch.float32)[:, None] * probabilities.amax(dim=-1, keepdim=True)
     return probabilities.masked_fill(probabilities < lowest, 0.0)
 
 
 # -- what reports -----------------------------------------------------------------------------------------------------
 
 
-def _logprobs(logits: Tensor, tokens: Tensor, draws: list[Draw | None]) -> dict[int, Logprob]:
-    """By row, where asked for: the log-probabilities of its token and of its likeliest ones, before anything else."""
+@dataclass(frozen=True, slots=True)
+class _Logprobs:
+    """Log-probabilities on their way to the host; `counts` says by row how many likeliest tokens are asked for."""
+
+    counts: dict[int, int]
+    tokens: Tensor
+    own: Tensor
+    top_tokens: Tensor
+    top: Tensor
+
+    def of_rows(self) -> dict[int, Logprob]:
+        columns = zip(self.tokens.tolist(), self.own.tolist(), self.top_tokens.tolist(), self.top.tolist(), strict=True)
+        return {
+            row: Logprob(token, logprob, tuple(zip(likeliest[:count], theirs[:count], strict=True)))
+            for (row, count), (token, logprob, likeliest, theirs) in zip(self.counts.items(), columns, strict=True)
+        }
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, draws: list[Draw | None]) -> _Logprobs | None:
+    """Where asked for: the log-probabilities of a row's token and of its likeliest ones, before anything else."""
     asked = {i: d.params.logprobs for i, d in enumerate(draws) if d is not None and d.params.logprobs is not None}
     if not asked:
-        return {}
-    rows = torch.tensor(list(asked), device=logits.device)
+        return None
+    rows = _there(list(asked), logits)
     own = logits[rows].float().log_softmax(dim=-1)
-    of_tokens = own.gather(1, tokens[rows, None])[:, 0]
+    chosen = tokens[rows]
+    of_tokens = own.gather(1, chosen.clamp(min=0)[:, None])[:, 0]
     top = own.topk(min(max(asked.values()), own.shape[-1]), dim=-1)
-    columns = zip(tokens[rows].tolist(), of_tokens.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
-    return {
-        row: Logprob(token, logprob, tuple(zip(likeliest[:count], theirs[:count], strict=True)))
-        for (row, count), (token, logprob, likeliest, theirs) in zip(asked.items(), columns, strict=True)
-    }
+    numbers = (chosen, of_tokens, top.indices, top.values)
+    return _Logprobs(asked, *(tensor.to("cpu", non_blocking=True) for tensor in numbers))
+
+
+def _there(numbers: Sequence, like: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers on the device of another tensor, without waiting for it."""
+    tensor = torch.tensor(numbers, dtype=dtype)
+    return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor
