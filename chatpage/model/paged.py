@@ -22,7 +22,7 @@ from chatpage.kernels.softmax import Left
 from chatpage.kernels.store import store
 from chatpage.model.batch import Batch, Row
 from chatpage.model.kv import KVPool
-from chatpage.model.plan import Ints, Kind, Plan, find_sharing, make_plan
+from chatpage.model.plan import Ints, Kind, Plan, count_decodes, find_sharing, make_plan
 
 CPU_PROCESSORS = 8  # under Triton's interpreter
 
@@ -189,6 +189,9 @@ class PagedAttention(KernelAttention):
 
     Args:
         shared: True reads shared prefixes once wherever there are any, False never; None does what is faster.
+
+    Attributes:
+        plans: for the kinds of layers that have asked so far.
     """
 
     def __init__(self, pool: KVPool, batch: Batch, *, shared: bool | None = None) -> None:
@@ -196,25 +199,29 @@ class PagedAttention(KernelAttention):
         starts, tables = flat_tables(batch.rows, batch.block_size)
         flat = torch.from_numpy(tables).to(batch.slots.device)
 
-        @cache
+        self.plans: dict[Kind, DevicePlan] = {}
+
         def plan_for(kind: Kind) -> DevicePlan:
-            plan = make_plan(
-                batch.rows,
-                starts,
-                groups,
-                kind,
-                processors=processors(flat.device),
-                queries=queries_per_task(kind.heads, kind.kv_heads),
-                always=shared is True,
-            )
-            return DevicePlan.of(plan, flat)
+            if kind not in self.plans:
+                plan = make_plan(
+                    batch.rows,
+                    starts,
+                    groups,
+                    kind,
+                    room=max(1, count_decodes(batch.rows)),
+                    processors=processors(flat.device),
+                    queries=queries_per_task(kind.heads, kind.kv_heads),
+                    always=shared is True,
+                )
+                self.plans[kind] = DevicePlan.of(plan, flat)
+            return self.plans[kind]
 
         super().__init__(pool, batch.slots, plan_for)
 
 
 def flat_tables(rows: Sequence[Row], block_size: int) -> tuple[list[int], Ints]:
-    """The blocks that each row needs, one table behind the other, and where each begins."""
-    flat: list[int] = []
+    """The blocks that each row needs, one table behind the other, and where each begins. The null block comes first."""
+    flat = [0]
     starts = []
     for row in rows:
         starts.append(len(flat))

@@ -84,6 +84,14 @@ class Plan:
     chunks: Ints
     shared_rows: int
 
+    @classmethod
+    def empty(cls) -> "Plan":
+        """Of a step without rows."""
+        own, rows, shared, chunks = (
+            np.zeros((0, fields), dtype=np.int32) for fields in (OWN_FIELDS, ROW_FIELDS, SHARED_FIELDS, CHUNK_FIELDS)
+        )
+        return cls(own, rows, shared, np.zeros(0, dtype=np.int32), chunks, shared_rows=16)
+
     @property
     def most_states(self) -> int:
         """That a row's answer is merged from."""
@@ -96,6 +104,7 @@ def make_plan(
     groups: list[Sharing],
     kind: Kind,
     *,
+    room: int,
     processors: int,
     queries: int,
     always: bool = False,
@@ -106,19 +115,20 @@ def make_plan(
         rows: decodes first.
         tables: where each row's block table begins.
         groups: decodes that share their leading keys: these are read once where that is faster, or `always`.
+        room: for how many decodes the shared tasks are made: no fewer than there are.
         processors: multiprocessors of the device.
         queries: of a chunk's task, at most.
     """
     decodes = count_decodes(rows)
+    shared_rows = rows_of_shared(room, kind.group)
     contexts = np.array([row.context for row in rows[:decodes]], dtype=np.int64)
     begins = np.zeros(decodes, dtype=np.int64)
     if kind.window is not None:
         begins, groups = np.maximum(contexts - kind.window, 0), []
-    elif groups and not always and not _pays(contexts, groups, kind, processors):
+    elif groups and not always and not _pays(contexts, groups, kind, processors, shared_rows // kind.group):
         groups = []
     notes = np.zeros((decodes, ROW_FIELDS), dtype=np.int32)
     own_wanted, shared_wanted = tasks_wanted(kind, processors)
-    shared_rows = rows_of_shared(max((len(sharing.rows) for sharing in groups), default=1), kind.group)
     shared, members = _share(groups, tables, notes, begins, shared_rows // kind.group, shared_wanted)
     return Plan(
         own=_split(begins, contexts, tables, notes, own_wanted),
@@ -213,7 +223,7 @@ def _rounded(number, to: int):
 # -- who shares -------------------------------------------------------------------------------------------------------
 
 
-def _pays(contexts: NDArray, groups: list[Sharing], kind: Kind, processors: int) -> bool:
+def _pays(contexts: NDArray, groups: list[Sharing], kind: Kind, processors: int, per_task: int) -> bool:
     """Whether reading shared keys once, and merging, is faster than letting each row read them for itself."""
     own_wanted, shared_wanted = tasks_wanted(kind, processors)
     saved = np.zeros(len(contexts), dtype=np.int64)
@@ -227,7 +237,6 @@ def _pays(contexts: NDArray, groups: list[Sharing], kind: Kind, processors: int)
     if (alone_steps < contexts).any():
         alone += merge
 
-    per_task = rows_of_shared(max(len(sharing.rows) for sharing in groups), kind.group) // kind.group
     tiles = [-(-len(sharing.rows) // per_task) for sharing in groups]
     longest = max(_shared_step(sharing.tokens, shared_wanted // sum(tiles)) for sharing in groups)
     products = sum(count * sharing.tokens for count, sharing in zip(tiles, groups, strict=True))
