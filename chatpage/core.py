@@ -4,6 +4,9 @@
                   │                                    │
                 block tables ─▶ events ─▶ listeners    └─ ended? its table rests
 
+Where the model runs on a device of its own, a step stays in flight while the next one is scheduled and launched, and
+is delivered then. Where it does not, every step is delivered before the next one is scheduled; nothing else differs.
+
 Everything here belongs to the one thread that calls it.
 """
 
@@ -22,7 +25,7 @@ from chatpage.events import Event, EventLog, Snapshot
 from chatpage.model.batch import Draw, Drawn, Row
 from chatpage.model.kv import affordable_blocks, bytes_per_block, free_memory, num_blocks_for
 from chatpage.model.load import load
-from chatpage.model.step import ModelRunner
+from chatpage.model.step import Launched, ModelRunner
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Delta, FinishReason, Logprob, Prompt, Request, TurnState
 from chatpage.schedule.scheduler import Chunk, Scheduler, Step
@@ -58,6 +61,38 @@ class Turn:
     sequence: Sequence
     answer: Answer
     stream: Stream
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """What could not be launched, or not be computed."""
+
+    error: Exception
+
+    def drawn(self) -> list[Drawn]:
+        raise self.error
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step that was launched, and is not delivered yet.
+
+    Attributes:
+        launched: None where it must run again, because the step before did not write what this one read.
+        is_copied: whether its block copies were made; otherwise it cannot run again.
+        stays: whether it may stay in flight while the next step is scheduled.
+    """
+
+    step: Step
+    launched: Launched | None
+    is_copied: bool
+    stays: bool
+
+    def spoil(self) -> None:
+        """The step before failed."""
+        self.stays = False
+        if self.is_copied:
+            self.launched = None
 
 
 class Core:
@@ -103,6 +138,7 @@ class Core:
         )
         self.counts: Counter[str] = Counter()
         self.turns: dict[int, Turn] = {}
+        self._flight: Flight | None = None
         self._listeners: list[Listener] = []
         self._outbox: list[tuple[Stream, Delta]] = []  # told after the events: nobody knows more than the panel
         if settings.trace:
@@ -181,7 +217,8 @@ class Core:
                     f"--kv-blocks is {self.pool.num_blocks}, but the system prompts need more: allow more, or shorten "
                     "or leave out a --system-prompt."
                 )
-            self._compute(step)
+            self._flight = self._launch(step)
+            self.settle()
         sequence.table.publish(sequence.tokens, sequence.computed, tail=True)
         for logical, block in enumerate(sequence.table.blocks):
             self.pool.pin(block, logical=logical, at=len(system.tokens), name=system.name)
@@ -192,7 +229,7 @@ class Core:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._flight is not None
 
     def submit(self, request: Request, session: Session | None, stream: Stream) -> None:
         """Queue a turn. One that is refused gets a `done` delta that says why."""
@@ -203,13 +240,14 @@ class Core:
             self._outbox.append((stream, refused))
             return
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        sequence = self.scheduler.submit(session, request.prompt, params, seed=seed)
         limits = (self.max_model_len - length, params.max_tokens, self.settings.max_output_tokens)
+        limit = min(limit for limit in limits if limit is not None)
+        sequence = self.scheduler.submit(session, request.prompt, params, seed=seed, limit=length + limit)
         answer = Answer(
             self.tokenizer,
             stop_token_ids=self.stop_token_ids.union(params.stop_token_ids),
             stops=(*params.stop, *self.template.stops),
-            limit=min(limit for limit in limits if limit is not None),
+            limit=limit,
             min_tokens=params.min_tokens,
         )
         turn = self.turns[sequence.id] = Turn(sequence, answer, stream)
@@ -244,7 +282,11 @@ class Core:
             self.scheduler.wake(session, "the session expired")
 
     def end_all(self, error: str | None) -> None:
-        """Tell every reader that nothing more will come: the turn was cut off, or failed with this error."""
+        """Tell every reader that nothing more will come: the turn was cut off, or failed with this error.
+
+        What is in flight is not waited for.
+        """
+        self._flight = None
         for turn in list(self.turns.values()):
             try:
                 self._finish(turn, "error" if error else "abort", error=error)
@@ -283,7 +325,7 @@ class Core:
     # -- one step -------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """Compute what the scheduler chooses, and tell readers and listeners what came of it.
+        """Launch what the scheduler chooses, deliver what was in flight meanwhile, and tell readers and listeners.
 
         Raises:
             RuntimeError: the model computes nothing any more.
@@ -295,11 +337,20 @@ class Core:
             self._finish(self.turns[sequence.id], "length")
         if self._outbox:  # who was cancelled or preempted need not wait for the model
             self._hand_out()
-        if step.chunks:
-            self._deliver(step, self._compute(step))
+        behind, self._flight = self._flight, self._launch(step)
+        if behind:
+            self._deliver(behind)
+        if self._flight and not self._flight.stays:
+            self.settle()
         self._hand_out()
         if self.settings.paranoid:
             self.check()
+
+    def settle(self) -> None:
+        """Wait for the step in flight, if there is one, and deliver it."""
+        flight, self._flight = self._flight, None
+        if flight:
+            self._deliver(flight)
 
     def _hand_out(self) -> None:
         """Tell the listeners, then the readers, who hear it whatever becomes of the events."""
@@ -311,75 +362,116 @@ class Core:
                 stream.put(delta)
             Stream.wake({stream for stream, _ in outbox})
 
-    def _compute(self, step: Step) -> list[Drawn]:
-        """Run one step, end whom it fails, and publish what it computed. Returns what each chunk gave."""
-        drawn = self._run(step)
-        errors = {c.sequence: given.error for c, given in zip(step.chunks, drawn, strict=True) if given.error}
-        if errors:
-            culprits, preempted = self.scheduler.distrust(list(errors))
-            for sequence in preempted:
-                self._tell(self.turns[sequence.id], "preempted")
-            for sequence in culprits:
-                self._fail(sequence, errors[sequence])
-        self.scheduler.finish(step)
-        self.counts["steps"] += 1
-        self.counts["computed_tokens"] += sum(chunk.count for chunk in step.chunks)
-        return drawn
+    # -- from the scheduler to the device -------------------------------------------------------------------------
 
-    def _run(self, step: Step) -> list[Drawn]:
+    def _launch(self, step: Step) -> Flight | None:
+        """Begin to compute a step, behind the one in flight. None where there is nothing to compute."""
+        if not step.chunks:
+            return None
+        is_copied = False
+        try:
+            self.runner.copy(step.copies)
+            is_copied = True
+            launched = self.runner.launch(self._rows(step.chunks))
+        except Exception as error:
+            return Flight(step, Raised(error), is_copied, stays=False)
+        return Flight(step, launched, is_copied, stays=self.runner.overlaps and not step.is_awaited)
+
+    def _rows(self, chunks: list[Chunk]) -> list[Row]:
+        rows = [self._row(chunk) for chunk in chunks]
+        if self._flight:
+            places = {chunk.sequence: place for place, chunk in enumerate(self._flight.step.chunks)}
+            for chunk, row in zip(chunks, rows, strict=True):
+                if chunk.end > len(chunk.sequence.tokens):  # the token is still on the device
+                    row.tokens, row.source = [0], places[chunk.sequence]
+        return rows
+
+    def _row(self, chunk: Chunk) -> Row:
+        sequence = chunk.sequence
+        draw = self._draw(sequence, chunk.end) if chunk.draws else None
+        return Row(sequence.tokens[chunk.start : chunk.end], chunk.start, sequence.table.blocks, chunk.stores, draw)
+
+    def _draw(self, sequence: Sequence, position: int) -> Draw:
+        params = sequence.params
+        is_too_short = position - sequence.prompt_length < params.min_tokens
+        banned = self.stop_token_ids.union(params.stop_token_ids) if is_too_short else ()
+        return Draw(params, sequence.seed, 0, position, sequence.tokens, sequence.prompt_length, banned)
+
+    def _read(self, flight: Flight) -> list[Drawn]:
         """What each chunk gave; an error for those whose computation raises.
 
         Raises:
             RuntimeError: all of them fail, and so does a token that nobody asked for.
         """
+        chunks = flight.step.chunks
         try:
-            self.runner.copy(step.copies)
-            drawn = self._run_chunks(step.chunks)
-        except Exception:
-            log.exception("The block copies of a step failed")
-            drawn = [FAILED] * len(step.chunks)
+            drawn = flight.launched.drawn() if flight.launched else self._run_again(chunks)
+        except Exception as error:
+            if self._flight:
+                self._flight.spoil()
+            drawn = self._run_apart(chunks, error) if flight.is_copied else self._give_up(chunks, error)
         if all(given.error for given in drawn):
+            if self._flight:  # no row can have its token from there, once something else has run
+                self._flight.stays = False
             self.runner.require_sound()
         return drawn
 
-    def _run_chunks(self, chunks: list[Chunk]) -> list[Drawn]:
-        """Run them together; where that raises, in halves, until only those are left out that raise alone."""
+    def _run_apart(self, chunks: list[Chunk], error: Exception) -> list[Drawn]:
+        """Run those that raised together in halves, until only those are left out that raise alone."""
+        if len(chunks) == 1:
+            return self._give_up(chunks, error)
+        log.warning("A step of %d sequences failed (%r); it runs again in halves", len(chunks), error)
+        half = len(chunks) // 2
+        return [*self._run_again(chunks[:half]), *self._run_again(chunks[half:])]
+
+    def _run_again(self, chunks: list[Chunk]) -> list[Drawn]:
+        """Run them without those whose blocks may be somebody else's by now."""
+        wanted = [chunk for chunk in chunks if chunk.is_wanted]
         try:
-            return self.runner.run([self._row(chunk) for chunk in chunks])
+            given = iter(self.runner.run([self._row(chunk) for chunk in wanted]) if wanted else [])
         except Exception as error:
-            if len(chunks) == 1:
-                log.exception("The computation of one sequence failed")
-                return [FAILED]
-            log.warning("A step of %d sequences failed (%r); it runs again in halves", len(chunks), error)
-            half = len(chunks) // 2
-            return [*self._run_chunks(chunks[:half]), *self._run_chunks(chunks[half:])]
+            given = iter(self._run_apart(wanted, error))
+        return [next(given) if chunk.is_wanted else Drawn() for chunk in chunks]
 
-    def _row(self, chunk: Chunk) -> Row:
-        sequence, end = chunk.sequence, chunk.start + chunk.count
-        draw = self._draw(sequence, end) if chunk.draws else None
-        return Row(sequence.tokens[chunk.start : end], chunk.start, sequence.table.blocks, chunk.stores, draw)
+    def _give_up(self, chunks: list[Chunk], error: Exception) -> list[Drawn]:
+        log.error("The computation of %d sequences failed", len(chunks), exc_info=error)
+        return [FAILED] * len(chunks)
 
-    def _draw(self, sequence: Sequence, position: int) -> Draw:
-        params = sequence.params
-        is_too_short = sequence.generated < params.min_tokens
-        banned = self.stop_token_ids.union(params.stop_token_ids) if is_too_short else ()
-        return Draw(params, sequence.seed, 0, position, sequence.tokens, sequence.prompt_length, banned)
+    # -- and back -------------------------------------------------------------------------------------------------
+
+    def _deliver(self, flight: Flight) -> None:
+        """Read a step, end whom it fails, publish what it computed, and hand out what it drew."""
+        step, drawn = flight.step, self._read(flight)
+        results = list(zip(step.chunks, drawn, strict=True))
+        self._end_broken({c.sequence: given.error for c, given in results if given.error and c.is_wanted})
+        self.scheduler.finish(step)
+        self.counts["steps"] += 1
+        self.counts["computed_tokens"] += sum(chunk.count for chunk in step.chunks)
+        for chunk, given in results:
+            turn = self.turns.get(chunk.sequence.id)
+            if turn is None or not chunk.is_wanted:
+                continue
+            if given.token is None:
+                self._tell(turn, "prefill")
+            else:
+                self._add(turn, given.token, given.logprob)
+
+    def _end_broken(self, errors: dict[Sequence, str]) -> None:
+        """End those whose computation failed; who held one of their blocks computes again."""
+        if not errors:
+            return
+        copies = self._flight.step.copies if self._flight else ()
+        culprits, preempted = self.scheduler.distrust(list(errors), copies)
+        for sequence in preempted:
+            self._tell(self.turns[sequence.id], "preempted")
+        for sequence in culprits:
+            self._fail(sequence, errors[sequence])
 
     def _fail(self, sequence: Sequence, error: str) -> None:
         turn = self.turns.get(sequence.id)
         if turn is None:
             raise ModelError(f"The system prompt cannot be computed: {error}")
         self._finish(turn, "error", error=error)
-
-    def _deliver(self, step: Step, drawn: list[Drawn]) -> None:
-        for chunk, given in zip(step.chunks, drawn, strict=True):
-            turn = self.turns.get(chunk.sequence.id)
-            if turn is None or not chunk.sequence.is_running:  # it failed in this step, or held what failed
-                continue
-            if given.token is None:
-                self._tell(turn, "prefill")
-            else:
-                self._add(turn, given.token, given.logprob)
 
     def _add(self, turn: Turn, token: int, logprob: Logprob | None) -> None:
         """One more token of an answer, and perhaps the last."""

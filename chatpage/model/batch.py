@@ -63,6 +63,8 @@ class Row:
         table: physical blocks of positions 0 to start + len(tokens) − 1; it may be longer.
         store: False where the pool has the keys and values of `tokens` too, and they run again for their logits only.
         sample: asks for the token after the last of `tokens`; None where more of the prompt is to come.
+        source: where the row's single token is still on the device: the row of the launch before that draws it.
+            `tokens` holds a 0 in its place then.
     """
 
     tokens: list[int]
@@ -70,6 +72,7 @@ class Row:
     table: list[int]
     store: bool = True
     sample: Draw | None = None
+    source: int | None = None
 
     @property
     def context(self) -> int:

@@ -114,6 +114,10 @@ class SamplingParams:
     def penalizes_drawn(self) -> bool:
         return self.presence_penalty != 0 or self.frequency_penalty != 0
 
+    @property
+    def penalizes(self) -> bool:
+        return self.repetition_penalty != 1 or self.penalizes_drawn
+
 
 def require_number(name: str, value: object, low: float, high: float, *, param: str | None = None) -> None:
     """Refuse what is no number from `low` to `high`. `param` is the field to blame, if `name` is not."""

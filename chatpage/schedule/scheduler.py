@@ -13,6 +13,10 @@ there: what two ask at once is computed once.
 When the pool has no room: idle blocks are evicted (the pool does that by itself), then resting tables are released,
 longest rested first, then the newest running sequence that is not yet in the step is preempted. New arrivals never
 push anybody out. So the oldest sequence always makes progress.
+
+A step may be scheduled while the one before it is in flight: scheduled, and not read back (`finish`). A sequence then
+gets a slot for a token that nobody knows yet. Only known tokens are matched and published, and nobody is preempted out
+of a step in flight: that one is read back first, and may end somebody.
 """
 
 import itertools
@@ -41,31 +45,52 @@ class Chunk:
 
     Attributes:
         stores: False where the token's keys and values were found: it runs again only for its logits.
+        reaches_end: whether the last of them is the last that the sequence has.
+        life: of the sequence, when this was scheduled.
     """
 
     sequence: Sequence
     start: int
     count: int
     stores: bool = True
+    reaches_end: bool = False
+    life: int = 0
 
     @property
-    def reaches_end(self) -> bool:
-        return self.start + self.count == len(self.sequence.tokens)
+    def end(self) -> int:
+        return self.start + self.count
 
     @property
     def draws(self) -> bool:
         """Whether the next token is drawn after this chunk."""
         return self.sequence.draws and self.reaches_end
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether what it gives counts: its sequence may have ended, or lost its blocks, while it was in flight."""
+        return self.life == self.sequence.life
+
 
 @dataclass(slots=True)
 class Step:
-    """What one step computes, and the `(source, target)` block copies that must run before it."""
+    """What one step computes, and the `(source, target)` block copies that must run before it.
+
+    Attributes:
+        exhausted: sequences that grew to the end of the pool; they can only end.
+        lacks_room: whether somebody needs blocks of one who is in the step in flight; that one is left out, so that it
+            can be preempted when it has its token.
+    """
 
     chunks: list[Chunk] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
-    exhausted: list[Sequence] = field(default_factory=list)  # grew to the end of the pool; they can only end
+    exhausted: list[Sequence] = field(default_factory=list)
+    lacks_room: bool = False
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether it must be read back before the next step is scheduled."""
+        return any(chunk.draws and chunk.sequence.looks_back for chunk in self.chunks)
 
 
 class Scheduler:
@@ -118,12 +143,19 @@ class Scheduler:
             )
 
     def submit(
-        self, session: Session, prompt: Prompt, params: SamplingParams, *, seed: int = 0, draws: bool = True
+        self,
+        session: Session,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        seed: int = 0,
+        draws: bool = True,
+        limit: int | None = None,
     ) -> Sequence:
-        """Queue one turn, which must fit (`require_room`)."""
+        """Queue one turn, which must fit (`require_room`). The other arguments are attributes of `Sequence`."""
         number = next(self._ids)
         table = BlockTable(self.pool, number, session.domain, prompt.system_tokens)
-        sequence = Sequence(number, session, prompt, params, table, seed=seed, draws=draws)
+        sequence = Sequence(number, session, prompt, params, table, seed=seed, draws=draws, limit=limit)
         if not session.active:
             # Having been away earns no credit: start level with the least served of those who are here.
             here = {s.session for s in (*self.running, *self.preempted, *self.waiting)}
@@ -134,7 +166,10 @@ class Scheduler:
         return sequence
 
     def end(self, sequence: Sequence, reason: str) -> None:
-        """The turn is over, and well. Its table rests, or is released. Harmless the second time."""
+        """The turn is over, and well. Its table rests, or is released. Harmless the second time.
+
+        What a step in flight writes for it is given back: whoever gets those slots writes them later.
+        """
         if sequence.state in ("resting", "done"):
             return
         self._dequeue(sequence)
@@ -162,11 +197,16 @@ class Scheduler:
         self._rest_on(sequence.session, reason)
         return holders
 
-    def distrust(self, broken: list[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
+    def distrust(
+        self, broken: list[Sequence], copies: Collection[tuple[int, int]] = ()
+    ) -> tuple[list[Sequence], list[Sequence]]:
         """The results of these sequences, the oldest first, cannot be trusted, nor can what they hold.
 
         Who holds a block of an older broken one may be innocent. It loses all and computes again, as do all others
         who hold a block of any of them. Of several, this is for all together, while each still has its table.
+
+        Args:
+            copies: those of the step that is in flight meanwhile: what it copied from a suspect is one too.
 
         Returns:
             Who must fail, and who was preempted.
@@ -177,6 +217,7 @@ class Scheduler:
             if not any(held[sequence] & held[other] for other in culprits):
                 culprits.append(sequence)
         suspects = set().union(*held.values())
+        suspects.update([target for source, target in copies if source in suspects])
         for sequence in broken:
             for block in sequence.table.blocks:
                 if block in suspects and self.pool.node[block] is not None:
@@ -192,6 +233,7 @@ class Scheduler:
         for queue in (self.running, self.preempted, self.waiting):
             if sequence in queue:
                 queue.remove(sequence)
+        sequence.drop_pending()
         sequence.session.active -= 1
 
     def _rest_on(self, session: Session, reason: str) -> None:
@@ -230,37 +272,55 @@ class Scheduler:
         step = Step()
         budget = self.max_step_tokens
         for sequence in list(self.running):
-            if not budget:
+            if not budget or step.lacks_room:  # who is newer must not take what an older one needs
                 break
             if sequence.state != "preempted":  # by an older one, a moment ago
                 budget -= self._run(sequence, budget, step)
-        if not step.preempted:  # who just lost his blocks would only take them from others again
+        if not (step.preempted or step.lacks_room):  # who just lost his blocks would only take them from others again
             self._admit_others(budget, step)
         return step
 
     def finish(self, step: Step) -> None:
-        """The step's result is read back: what it computed may be found by others now."""
+        """The step's result is read back: what it computed may be found by others now.
+
+        The caller appends what it drew to the tokens of those of its chunks that are still wanted.
+        """
         for chunk in step.chunks:
             sequence = chunk.sequence
-            if not sequence.is_running or not chunk.stores:
+            if not chunk.is_wanted:
                 continue
-            sequence.computed += chunk.count
-            sequence.session.served += chunk.count
-            sequence.table.publish(sequence.tokens, sequence.computed)
+            sequence.pending -= chunk.draws
+            if chunk.stores:
+                sequence.computed += chunk.count
+                sequence.session.served += chunk.count
+                sequence.table.publish(sequence.tokens, sequence.computed)
 
     def _run(self, sequence: Sequence, budget: int, step: Step) -> int:
         """Put the next tokens of a running sequence into the step. Returns how many."""
-        if sequence.computed == len(sequence.tokens):  # everything was found
-            chunk = Chunk(sequence, sequence.computed - 1, 1, stores=False)
+        length, start = sequence.length, sequence.table.length
+        if sequence.pending and self._sits_out(sequence):
+            return 0
+        if start == length:  # everything was found
+            chunk = Chunk(sequence, start - 1, 1, False, True, sequence.life)
         else:
-            count = min(budget, len(sequence.tokens) - sequence.computed)
+            count = min(budget, length - start)
             if not self._append(sequence, count, step):
                 return 0
-            chunk = Chunk(sequence, sequence.computed, count)
+            chunk = Chunk(sequence, start, count, True, start + count == length, sequence.life)
+        sequence.pending += chunk.draws
         step.chunks.append(chunk)
         state = "decode" if sequence.generated or chunk.reaches_end else "prefill"
         self._become(sequence, state, "scheduled")
         return chunk.count
+
+    @staticmethod
+    def _sits_out(sequence: Sequence) -> bool:
+        """Whether it has nothing to do before its next token is known.
+
+        It is the last one; or it is drawn by a chunk that writes nothing, after which the first write may put a copy in
+        a block's place: should that chunk fail, the block that it read must still be in the table (`distrust`).
+        """
+        return sequence.length == sequence.limit or sequence.computed == sequence.table.length
 
     def _append(self, sequence: Sequence, count: int, step: Step) -> bool:
         """Slots for `count` more tokens of a running sequence, at the cost of others where it must be."""
@@ -270,9 +330,12 @@ class Scheduler:
             except PoolFull:
                 if self._release_longest_resting():
                     continue
-                victim = self._victim(step)
-                if victim is sequence and not step.chunks:
-                    step.exhausted.append(sequence)  # the oldest has taken from all others
+                victim = self._victim(step) if sequence.is_running else sequence  # who is new pushes nobody out
+                if victim.is_in_flight:
+                    step.lacks_room = True
+                    return False
+                if len(self.running) == 1:
+                    step.exhausted.append(sequence)  # it has taken from all others
                     return False
                 self._preempt(victim, "the pool is full")
                 step.preempted.append(victim)
@@ -296,6 +359,7 @@ class Scheduler:
         sequence.state = "preempted"
         self.events.emit("preempt", reason, sequence=sequence.id, session=sequence.session.id)
         sequence.table.release("preempted")
+        sequence.drop_pending()
         sequence.computed = 0
 
     def _release_longest_resting(self) -> bool:

@@ -1,4 +1,11 @@
-"""A sequence: tokens, and how many of them are computed. It has no phases; a step catches `computed` up."""
+"""A sequence: tokens, and how many of them are computed. It has no phases; a step catches `computed` up.
+
+    a step is in flight            tokens  T h e _ c a t     computed 6     table.length 7     pending 1
+    a step is prepared meanwhile   tokens  T h e _ c a t     computed 6     table.length 8     pending 2
+    the first one is read back     tokens  T h e _ c a t s   computed 7     table.length 8     pending 1
+
+`computed` and `tokens` move when a step is read back, `table.length` and `pending` as soon as one is scheduled.
+"""
 
 from typing import Literal
 
@@ -15,7 +22,10 @@ class Sequence:
 
     Attributes:
         tokens: the prompt, then what was generated.
-        computed: how many leading tokens have their keys and values in the pool.
+        pending: how many more tokens are drawn by steps that are not read back yet.
+        computed: how many leading tokens are known to have their keys and values in the pool.
+        limit: at so many tokens it ends, if nothing ends it before; None where nobody knows.
+        life: grows when it ends or loses its blocks: what a step computed for it in an earlier life does not count.
         cached: how many prompt tokens were found at first admission; None before it.
         draws: whether a token is drawn after the last one; a system prompt's own sequence only fills blocks.
         awaits: another sequence that fills a block which this one needs too, and the number of its tokens by then.
@@ -27,7 +37,10 @@ class Sequence:
         "computed",
         "draws",
         "id",
+        "life",
+        "limit",
         "params",
+        "pending",
         "prompt_length",
         "seed",
         "session",
@@ -47,6 +60,7 @@ class Sequence:
         *,
         seed: int = 0,
         draws: bool = True,
+        limit: int | None = None,
     ) -> None:
         self.id = id
         self.session = session
@@ -57,14 +71,37 @@ class Sequence:
         self.table = table
         self.seed = seed
         self.draws = draws
+        self.limit = limit
         self.computed = 0
+        self.pending = 0
+        self.life = 0
         self.cached: int | None = None
         self.awaits: tuple[Sequence, int] | None = None
         self.state: State = "queued"
 
+    def drop_pending(self) -> None:
+        """What steps in flight compute for it does not count any more."""
+        self.life += 1
+        self.pending = 0
+
     @property
     def is_running(self) -> bool:
         return self.state in ("prefill", "decode")
+
+    @property
+    def length(self) -> int:
+        """How many tokens it has, those that are not known yet included."""
+        return len(self.tokens) + self.pending
+
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether a step computes something of it that is not read back yet."""
+        return self.pending > 0 or self.computed < self.table.length
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a token can only be drawn once the one before it is known here, not only on the device."""
+        return self.params.penalizes
 
     @property
     def generated(self) -> int:

@@ -19,8 +19,22 @@ class Before:
     waiting: list[Sequence]
     resting: list[Session]
     held_back: set[Sequence]  # until somebody has computed a block
+    in_flight: dict[Sequence, Chunk]  # what is computed for it, and not read back yet
     era: int
     admitted: int  # new ones, so far
+
+    def pending(self, sequence: Sequence) -> int:
+        """How many tokens it will have which nobody knows yet."""
+        return sequence in self.in_flight and self.in_flight[sequence].draws
+
+    def length(self, sequence: Sequence) -> int:
+        return len(sequence.tokens) + self.pending(sequence)
+
+    def sits_out(self, sequence: Sequence) -> bool:
+        """Whether its last token is on its way, or one that is drawn for what was found."""
+        return bool(self.pending(sequence)) and (
+            self.length(sequence) == sequence.limit or not self.in_flight[sequence].stores
+        )
 
 
 class Clerk:
@@ -43,7 +57,8 @@ class Clerk:
     def comes(self, sequence: Sequence) -> None:
         self._ahead[sequence] = len(self.scheduler.waiting)
 
-    def before(self) -> Before:
+    def before(self, flight: Step | None) -> Before:
+        """How things are before a step, while that one is in flight."""
         scheduler = self.scheduler
         return Before(
             list(scheduler.running),
@@ -51,6 +66,7 @@ class Clerk:
             list(scheduler.waiting),
             list(scheduler.resting),
             {s for s in (*scheduler.preempted, *scheduler.waiting) if s.awaits is not None},
+            {chunk.sequence: chunk for chunk in flight.chunks if chunk.is_wanted} if flight else {},
             self.era(),
             self.admitted,
         )
@@ -68,8 +84,11 @@ class Clerk:
     def check(self, before: Before, step: Step) -> None:
         """Of a step in which no allocation was made to fail."""
         chosen = [chunk.sequence for chunk in step.chunks]
+        for sequence in step.exhausted:
+            assert sequence not in before.in_flight, "ended although a token of it is still to come"
         had_work = bool(before.running or before.preempted or before.waiting)
-        assert bool(chosen or step.exhausted) == had_work, "an empty step although there is work"
+        may_rest = step.lacks_room or any(map(before.sits_out, before.running))
+        assert bool(chosen or step.exhausted) == had_work or may_rest, "an empty step although there is work"
         for sequence in step.exhausted:
             assert not self.fits(len(sequence.tokens), sequence.system_tokens), "ended although it fits"
             assert sequence not in step.preempted, "lost its blocks although nobody else needs them"
@@ -83,14 +102,18 @@ class Clerk:
 
     def _check_running(self, before: Before, step: Step) -> None:
         """All who run are in the step, oldest first, but for the newest, whose blocks others need."""
-        kept = [s for s in before.running if s not in step.preempted and s not in step.exhausted]
+        gone = {*step.preempted, *step.exhausted, *filter(before.sits_out, before.running)}
+        kept = [s for s in before.running if s not in gone]
         chosen = [chunk.sequence for chunk in step.chunks if chunk.sequence in before.running]
         assert chosen == kept[: len(chosen)], "not the oldest first"
-        assert chosen or not kept, "the oldest makes no progress"
-        if chosen != kept:
+        assert chosen or not kept or step.lacks_room, "the oldest makes no progress"
+        if step.lacks_room:
+            self._check_lack(before, step, kept[len(chosen)])
+        elif chosen != kept:
             assert sum(c.count for c in step.chunks) == self.scheduler.max_step_tokens, "left out without a reason"
         for victim in step.preempted:
             assert victim in before.running
+            assert victim not in before.in_flight, "loses blocks that a step in flight writes"
             assert all(s.id < victim.id for s in chosen), "an older one is preempted for a newer one"
         assert not (step.preempted and self.scheduler.resting), "preempted while tables rest"
         woken = {chunk.sequence.session for chunk in step.chunks}
@@ -98,11 +121,23 @@ class Clerk:
         others = [session for session in before.resting if session not in woken]
         assert left == others[len(others) - len(left) :], "not the longest rested first"
 
+    def _check_lack(self, before: Before, step: Step, sequence: Sequence) -> None:
+        """The step in flight is to be read back first, as this one has no room, and somebody there might end."""
+        table, size = sequence.table, self.pool.block_size
+        left = self.scheduler.max_step_tokens - sum(chunk.count for chunk in step.chunks)
+        end = min(before.length(sequence), table.length + left)
+        copies = table.length % size != 0 and self.pool.needs_copy(table.blocks[-1])
+        needed = -(-end // size) - len(table.blocks) + copies
+        assert needed > self.pool.available, "waits for room although there is some"
+        chosen = {chunk.sequence for chunk in step.chunks}
+        newest = next(s for s in reversed(self.scheduler.running) if s not in chosen)
+        assert newest in before.in_flight, "waits for a step in flight although another one could make room"
+
     def _check_started(self, before: Before, step: Step) -> None:
         """Who was started, in which order, and why nobody else."""
         started = [chunk for chunk in step.chunks if chunk.sequence not in before.running]
-        if step.preempted:
-            assert not started, "somebody starts in a step in which somebody lost his blocks"
+        if step.preempted or step.lacks_room:
+            assert not started, "somebody starts in a step in which somebody lost his blocks, or lacks some"
             return
         new = [chunk.sequence for chunk in started if chunk.sequence in before.waiting]
         assert not (new and self.scheduler.preempted), "a new one before all that were preempted are back"

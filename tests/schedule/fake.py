@@ -4,8 +4,9 @@ What a slot holds depends on its token and on every slot before it, as they are 
 answer is right only if each slot that it was computed from was.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
 
 from chatpage.cache.pool import BlockPool, PoolFull
 from chatpage.schedule.params import SamplingParams
@@ -78,28 +79,66 @@ class FakePool(BlockPool):
         return was == 1
 
 
+@dataclass
+class FakeRow:
+    """A chunk as the device knows it: the slots of all tokens up to its end, and its own tokens.
+
+    Attributes:
+        tokens: None stands for the one that the step before draws.
+    """
+
+    chunk: Chunk
+    blocks: list[int]
+    tokens: list[int | None]
+    is_broken: bool
+
+
+@dataclass
+class FakeFlight:
+    """A step that was launched: its copies are made, but no row is computed before one must be."""
+
+    step: Step
+    rows: list[FakeRow]
+    drawn: list[int | None] | None = None
+
+
 class FakeModel:
     """Slots, and steps that write them; every write is checked against the write rule."""
 
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
         self.slots = [[GARBAGE] * pool.block_size for _ in range(pool.num_blocks + 1)]
+        self._last: FakeFlight | None = None
+        self._drawn: dict[Sequence, int | None] = {}  # by the step that was computed last
 
-    def run(self, step: Step, broken: int = 0) -> list[int | None]:
-        """The token that each chunk draws, if it draws one.
+    def launch(self, step: Step, broken: int = 0) -> FakeFlight:
+        """Make a step's copies, once all is computed that was launched before, and take down what its rows are.
 
         Args:
             broken: bit i says that the i-th chunk fails. It draws nothing, and fills all that its sequence holds, the
                 pinned blocks apart, with garbage.
         """
-        self.copy(step.copies)
+        if self._last:
+            self.read(self._last)
         self._check_writes(step)
-        return [self._run(chunk, bool(broken >> i & 1)) for i, chunk in enumerate(step.chunks)]
-
-    def copy(self, copies: list[tuple[int, int]]) -> None:
-        heads = [(target, list(self.slots[source])) for source, target in copies]
+        heads = [(target, list(self.slots[source])) for source, target in step.copies]
         for target, slots in heads:
             self.slots[target] = slots
+        self._last = FakeFlight(step, [self._row(chunk, bool(broken >> i & 1)) for i, chunk in enumerate(step.chunks)])
+        return self._last
+
+    @staticmethod
+    def _row(chunk: Chunk, is_broken: bool) -> FakeRow:
+        known = chunk.sequence.tokens[chunk.start : chunk.end]
+        assert len(known) >= chunk.count - 1, "a chunk has two tokens that are not known yet"
+        return FakeRow(chunk, list(chunk.sequence.table.blocks), [*known, None][: chunk.count], is_broken)
+
+    def read(self, flight: FakeFlight) -> list[int | None]:
+        """The token that each chunk draws, if it draws one."""
+        if flight.drawn is None:
+            flight.drawn = [self._compute(row) for row in flight.rows]
+            self._drawn = {row.chunk.sequence: token for row, token in zip(flight.rows, flight.drawn, strict=True)}
+        return flight.drawn
 
     def _check_writes(self, step: Step) -> None:
         places = [place for chunk in step.chunks if chunk.stores for place in self._places(chunk)]
@@ -109,63 +148,75 @@ class FakeModel:
             assert self.pool.node[block] is None, f"block {block} is written although it can be found"
             assert block not in self.pool.pinned, f"block {block} is written although it is pinned"
 
-    def _place(self, sequence: Sequence, position: int) -> tuple[int, int]:
-        logical, offset = divmod(position, self.pool.block_size)
-        return sequence.table.blocks[logical], offset
-
     def _places(self, chunk: Chunk) -> list[tuple[int, int]]:
-        return [self._place(chunk.sequence, p) for p in range(chunk.start, chunk.start + chunk.count)]
+        blocks, size = chunk.sequence.table.blocks, self.pool.block_size
+        return [(blocks[p // size], p % size) for p in range(chunk.start, chunk.end)]
 
-    def _run(self, chunk: Chunk, broken: bool) -> int | None:
-        sequence = chunk.sequence
-        if broken:
-            self.spoil(sequence)
+    def _compute(self, row: FakeRow) -> int | None:
+        chunk, size = row.chunk, self.pool.block_size
+        if row.is_broken and chunk.is_wanted:
+            self._spoil(row.blocks)
             return None
-        before = [self.slots[b][o] for b, o in (self._place(sequence, p) for p in range(chunk.start))]
-        for position, (block, offset) in enumerate(self._places(chunk), chunk.start):
-            before.append(state(before, sequence.tokens[position]))
+        before = [self.slots[row.blocks[p // size]][p % size] for p in range(chunk.start)]
+        for position, token in enumerate(row.tokens, chunk.start):
+            if token is None:
+                token = self._drawn[chunk.sequence]
+            before.append(GARBAGE if token is None or row.is_broken else state(before, token))
             if chunk.stores:
-                self.slots[block][offset] = before[-1]
-        return draw(before[-1]) if chunk.draws else None
+                self.slots[row.blocks[position // size]][position % size] = before[-1]
+        return draw(before[-1]) if chunk.draws and not row.is_broken else None
 
     def spoil(self, sequence: Sequence) -> None:
         """Fill all that a sequence holds, the pinned blocks apart, with garbage."""
-        for block in set(sequence.table.blocks) - self.pool.pinned:
+        self._spoil(sequence.table.blocks)
+
+    def _spoil(self, blocks: list[int]) -> None:
+        for block in set(blocks) - self.pool.pinned:
             self.slots[block] = [GARBAGE] * self.pool.block_size
 
 
 def take_step(scheduler: Scheduler, model: FakeModel, limits: dict[int, int], broken: int = 0) -> Step:
     """One step from its schedule to its tokens. `limits` has the length at which each sequence ends."""
     step = scheduler.schedule()
-    compute(step, scheduler, model, limits, broken)
+    for sequence in step.exhausted:
+        scheduler.end(sequence, "length")
+    deliver(model.launch(step, broken), scheduler, model, limits)
     return step
 
 
-def compute(
-    step: Step,
+def deliver(
+    flight: FakeFlight,
     scheduler: Scheduler,
     model: FakeModel,
     limits: dict[int, int],
-    broken: int = 0,
     fail: Callable[[Sequence], object] | None = None,
-) -> None:
-    """Run a step, end whom it fails (`broken`, as in `FakeModel.run`), publish it, and hand out its tokens."""
-    for sequence in step.exhausted:
-        scheduler.end(sequence, "length")
-    drawn = model.run(step, broken)
-    culprits, _ = scheduler.distrust([chunk.sequence for i, chunk in enumerate(step.chunks) if broken >> i & 1])
+    copies: Collection[tuple[int, int]] = (),
+) -> list[Chunk]:
+    """Read a step, end whom it fails, publish it, and hand out its tokens.
+
+    Args:
+        copies: those of the step that was launched meanwhile.
+
+    Returns:
+        The chunks that counted.
+    """
+    step, drawn = flight.step, model.read(flight)
+    broken = [row.chunk.sequence for row in flight.rows if row.is_broken and row.chunk.is_wanted]
+    culprits, _ = scheduler.distrust(broken, copies)
     for sequence in culprits:
         if fail:
             fail(sequence)
         else:
             scheduler.fail(sequence, "error")
+    counted = [chunk for chunk in step.chunks if chunk.is_wanted]
     scheduler.finish(step)
     for chunk, token in zip(step.chunks, drawn, strict=True):
         sequence = chunk.sequence
-        if token is not None and sequence.is_running:
+        if token is not None and chunk.is_wanted:
             sequence.tokens.append(token)
             if len(sequence.tokens) == limits[sequence.id]:
                 scheduler.end(sequence, "length")
+    return counted
 
 
 def pin_system(scheduler: Scheduler, model: FakeModel, prompt: Tokens[int]) -> None:

@@ -1,7 +1,7 @@
 """Random arrivals, ends and faults on a small pool; every step is checked against what it should have been."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from copy import deepcopy
 from random import Random
 from typing import Any
@@ -16,12 +16,12 @@ from chatpage.errors import RequestError
 from chatpage.events import FREE, IDLE, USED, Event, EventLog, Snapshot
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Prompt
-from chatpage.schedule.scheduler import Scheduler, Step
+from chatpage.schedule.scheduler import Chunk, Scheduler, Step
 from chatpage.schedule.sequence import Sequence
 from chatpage.schedule.session import Session
 from tests.cache.naive import deep_state
-from tests.schedule.clerk import Clerk
-from tests.schedule.fake import ALPHABET, FakeModel, FakePool, Oracle, compute, pin_system
+from tests.schedule.clerk import Before, Clerk
+from tests.schedule.fake import ALPHABET, FakeFlight, FakeModel, FakePool, Oracle, deliver, pin_system
 
 VISITORS = 4
 TOKENS = st.sampled_from([0, 0, 0, *range(ALPHABET)])  # so that prefixes of strangers collide all the time
@@ -31,7 +31,10 @@ WHO = st.integers(0, 15)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Visitors with a session or without, each in a domain of his own or all in one, under a system prompt or none."""
+    """Visitors with a session or without, each in a domain of his own or all in one, under a system prompt or none.
+
+    Steps are read back before the next one is scheduled, or after it was launched.
+    """
 
     @initialize(
         num_blocks=st.integers(4, 12),
@@ -40,6 +43,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_step_tokens=st.integers(1, 12),
         system=st.lists(TOKENS, max_size=9),
         alone=st.booleans(),
+        overlaps=st.booleans(),
     )
     def start(
         self,
@@ -49,6 +53,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_step_tokens: int,
         system: list[int],
         alone: bool,
+        overlaps: bool,
     ) -> None:
         self.events = EventLog()
         self.pool = FakePool(num_blocks, block_size, self.events)
@@ -58,6 +63,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.events.listeners.append(self.hear)
         self.scheduler = Scheduler(self.pool, max_sequences=max_sequences, max_step_tokens=max_step_tokens)
         self.model = FakeModel(self.pool)
+        self.overlaps = overlaps
+        self.flight: FakeFlight | None = None
+        self.lives: Counter[int] = Counter()  # how often each sequence ended or lost its blocks
+        self.lives_at_launch: dict[int, int] = {}  # by the identity of a chunk in flight
         self.known: dict[int, Sequence] = {}
         self.domain: dict[int, Hashable] = {}  # of each published block
         self.oracles: dict[int, Oracle] = {}
@@ -71,6 +80,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.checked = 0  # operations
         self.domains = ["a", "b", "c", "d"] if alone else ["all"]
         self.sessions = 0
+        self.asked = 0
         self.system = tuple(system[: (num_blocks - 2) * block_size])
         if self.system:
             pin_system(self.scheduler, self.model, self.system)
@@ -83,6 +93,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.view.apply(event)
         self.heard.append(event)
         kind, block = event.kind, event.block
+        self.lives[event.sequence] += kind in ("preempt", "end") or event.state == "resting"
         if kind == "publish" and (sequence := self.known.get(event.sequence)):
             is_full = event.fill == self.pool.block_size
             assert is_full or sequence not in self.scheduler.running, "the tail of a turn that goes on is published"
@@ -137,7 +148,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert fits
         least = min((s.session.served for s in self.live()), default=0)
         lifted = session.served if session.active else max(session.served, least)
-        sequence = self.scheduler.submit(session, prompt, SamplingParams())
+        # Every second one ends by what it draws, which nobody knows beforehand; every fifth looks at what it drew.
+        limit = len(prompt.tokens) + count if self.asked % 2 else None
+        params = SamplingParams(presence_penalty=float(self.asked % 5 == 0))
+        self.asked += 1
+        sequence = self.scheduler.submit(session, prompt, params, limit=limit)
         assert session.served == lifted, "having been away earns credit"
         self.served[session] = lifted
         self.known[sequence.id] = sequence
@@ -308,13 +323,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def stop_in_step(self) -> None:
-        """All are ended between the copies of a step and its writes: what was not written is not found."""
-        before = self.clerk.before()
-        step = self.scheduler.schedule()
-        self.model.copy(step.copies)
-        self.clerk.count_admitted(before, step)
+        """All are ended after a step was launched and before it writes: what it writes is not found."""
+        self.launch()
         for sequence in self.live():
             self.scheduler.end(sequence, "abort")
+        self.settle()
 
     @rule(who=WHO, more=st.integers(1, 5), is_genuine=st.booleans())
     def refuse(self, who: int, more: int, is_genuine: bool) -> None:
@@ -329,66 +342,90 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert deep_state(self.pool, self.known.values()) == before, "a failed allocation left a trace"
 
     def take_step(self, broken: int = 0) -> None:
-        scheduler, failed, before = self.scheduler, self.pool.failed, self.clerk.before()
+        """Launch a step, and read the one that was in flight; or this one too."""
+        step = self.launch(broken)
+        if not self.overlaps or step.is_awaited:
+            self.settle()
+        self.all_is_well()
+
+    def launch(self, broken: int = 0) -> Step:
+        behind = self.flight
+        scheduler, failed, before = self.scheduler, self.pool.failed, self.clerk.before(behind.step if behind else None)
         step = scheduler.schedule()
-        chosen = [chunk.sequence for chunk in step.chunks]
         self.clerk.count_admitted(before, step)
-        for sequence in chosen:
-            if sequence not in before.running:
-                self.entered[sequence.id] = self.era
-        self.check_step(step)
+        for chunk in step.chunks:
+            if chunk.sequence not in before.running:
+                self.entered[chunk.sequence.id] = self.era
+        self.check_step(step, before)
         if self.pool.failed == failed:
             self.clerk.check(before, step)
         else:
             self.cut.update(s.id for s in step.exhausted)
-            assert chosen or step.exhausted or step.preempted
-        era = self.era
-        compute(step, scheduler, self.model, self.limits, broken, self.fail_one)
-        self.count_served(step)
-        for sequence in chosen:
-            if sequence.state in ("resting", "done") and len(sequence.tokens) == self.limits[sequence.id]:
-                self.check_rest(sequence, sequence.computed)
-        if era == self.era:
-            self.check_computed_once(step)
-        self.all_is_well()
+            assert step.chunks or step.exhausted or step.preempted or step.lacks_room
+        for sequence in step.exhausted:
+            scheduler.end(sequence, "length")
+        following = self.model.launch(step, broken) if step.chunks else None
+        self.lives_at_launch.update({id(chunk): self.lives[chunk.sequence.id] for chunk in step.chunks})
+        self.settle(step.copies)
+        self.flight = following
+        return step
 
-    def check_step(self, step: Step) -> None:
+    def settle(self, copies: Collection[tuple[int, int]] = ()) -> None:
+        """Read the step in flight. `copies` are those of the one that was launched meanwhile."""
+        flight, self.flight = self.flight, None
+        if flight is None:
+            return
+        for chunk in flight.step.chunks:
+            was = self.lives_at_launch.pop(id(chunk))
+            assert chunk.is_wanted == (self.lives[chunk.sequence.id] == was), "dropped, or not"
+        era = self.era
+        counted = deliver(flight, self.scheduler, self.model, self.limits, self.fail_one, copies)
+        self.count_served(counted)
+        for chunk in counted:
+            if not chunk.sequence.is_running:
+                self.check_rest(chunk.sequence, chunk.sequence.computed)
+        if era == self.era:
+            self.check_computed_once(counted)
+
+    def check_step(self, step: Step, before: Before) -> None:
         assert sum(chunk.count for chunk in step.chunks) <= self.scheduler.max_step_tokens
         ids = [chunk.sequence.id for chunk in step.chunks]
         assert len(set(ids)) == len(ids), f"one sequence has two chunks in a step: {ids}"
         for chunk in step.chunks:
+            sequence, length = chunk.sequence, before.length(chunk.sequence)
             assert chunk.count > 0
-            assert chunk.sequence.is_running
-            assert chunk.start + chunk.count <= len(chunk.sequence.tokens)
-            assert chunk.start == chunk.sequence.computed - (not chunk.stores), "tokens are left out, or run twice"
+            assert sequence.is_running
+            assert chunk.end <= length
+            assert chunk.end < (sequence.limit or length + 1), "computes what comes after its last token"
+            assert chunk.reaches_end == (chunk.end == length)
+            assert not (before.pending(sequence) and sequence.params.penalizes), "draws without a look at what it drew"
+            ahead = before.in_flight.get(sequence)
+            start = sequence.computed + (ahead.count if ahead and ahead.stores else 0)
+            assert chunk.start == start - (not chunk.stores), "tokens are left out, or run twice"
             assert chunk.stores or (chunk.count == 1 and chunk.reaches_end)
-            is_prefill = chunk.sequence.generated == 0 and not chunk.reaches_end
-            assert chunk.sequence.state == ("prefill" if is_prefill else "decode")
+            is_prefill = sequence.generated == 0 and not chunk.reaches_end
+            assert sequence.state == ("prefill" if is_prefill else "decode")
 
     # -- what was computed ----------------------------------------------------------------------------------------
 
-    def count_served(self, step: Step) -> None:
-        for chunk in step.chunks:
-            survived = chunk.sequence.state in ("prefill", "decode") or len(chunk.sequence.tokens) == self.limits.get(
-                chunk.sequence.id
-            )
-            if survived and chunk.stores and chunk.sequence.state != "preempted":
+    def count_served(self, counted: list[Chunk]) -> None:
+        for chunk in counted:
+            if chunk.stores:
                 self.served[chunk.sequence.session] += chunk.count
         for session, served in self.served.items():
             assert session.served == served, f"session {session.id} was served {served}, not {session.served}"
 
-    def check_computed_once(self, step: Step) -> None:
+    def check_computed_once(self, counted: list[Chunk]) -> None:
         """A whole block of a prompt is computed by one of those who may share it, and found by the others.
 
         That holds for those who were started since a block was last lost.
         """
         size = self.pool.block_size
-        for chunk in step.chunks:
+        for chunk in counted:
             sequence = chunk.sequence
-            is_lost = sequence.state == "done" and len(sequence.tokens) != self.limits[sequence.id]
-            if is_lost or not chunk.stores or self.entered[sequence.id] != self.era:
+            if not chunk.stores or self.entered[sequence.id] != self.era:
                 continue
-            last = min(chunk.start + chunk.count, sequence.prompt_length)
+            last = min(chunk.end, sequence.prompt_length)
             for end in range(chunk.start // size * size + size, last + 1, size):
                 key = (sequence.table.domain, sequence.system_tokens, tuple(sequence.tokens[:end]))
                 assert key not in self.computed, f"{sequence.id} computes tokens {end - size} to {end} a second time"
@@ -429,9 +466,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(scheduler.running) <= scheduler.max_sequences
         for queue in (scheduler.running, scheduler.preempted, scheduler.waiting):
             assert [s.id for s in queue] == sorted(s.id for s in queue), "not oldest first"
+        chunks = self.flight.step.chunks if self.flight else []
+        in_flight = {chunk.sequence: chunk for chunk in chunks if chunk.is_wanted}
         for s in scheduler.running:
             assert s.is_running
-            assert s.computed == s.table.length <= len(s.tokens), "slots that nothing was written in"
+            ahead = in_flight.get(s)
+            written = ahead.count if ahead and ahead.stores else 0
+            assert s.computed + written == s.table.length <= len(s.tokens), "slots that nothing is written in"
+            assert s.pending == (ahead is not None and ahead.draws)
+            assert s.is_in_flight == (ahead is not None)
         assert all((s.state, s.table.blocks, s.computed) == ("preempted", [], 0) for s in scheduler.preempted)
         assert all((s.state, s.table.blocks) == ("queued", []) for s in scheduler.waiting)
         for session in scheduler.resting:
@@ -466,9 +509,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def finish(self) -> None:
         """Left to itself, everybody comes to an end; then only what can be found or is pinned is left."""
+        self.settle()  # somebody may be broken in it
         live = self.live()
-        most = sum(self.limits[s.id] for s in live) * len(live)
-        while self.scheduler.has_work:
+        most = 2 * sum(self.limits[s.id] for s in live) * len(live) + 1
+        while self.scheduler.has_work or self.flight:
             assert most, "it goes on for ever"
             most -= 1
             self.take_step()
@@ -486,7 +530,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 def walk(seed: int, steps: int = 60, counts: Counter[str] | None = None) -> int:
-    """A random walk of the machine, checked after every step; the seed is all that makes it.
+    """A random walk of the machine, checked after every step; the seed is all that makes it. Those of even seeds
+    have a step in flight while the next one is scheduled.
 
     Args:
         counts: how often each rule ran is added to it.
@@ -504,9 +549,8 @@ def walk(seed: int, steps: int = 60, counts: Counter[str] | None = None) -> int:
         return random.random() < 0.5
 
     machine = SchedulerMachine()
-    machine.start(
-        random.randint(4, 12), random.randint(1, 4), random.randint(1, 6), random.randint(1, 12), said(0), flip()
-    )
+    sizes = random.randint(4, 12), random.randint(1, 4), random.randint(1, 6), random.randint(1, 12)
+    machine.start(*sizes, said(0), flip(), seed % 2 == 0)
     rules: dict[str, Callable[[int], Any]] = {
         "arrive": lambda who: machine.arrive(who, flip(), flip(), said(), random.randint(1, 8)),
         "go_on": lambda who: machine.go_on(who, said(), random.randint(1, 8), random.random() < 0.2, flip()),
