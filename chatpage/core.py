@@ -122,6 +122,7 @@ class Core:
         self.template = ChatTemplate(self.tokenizer)
         self.token_text = lru_cache(maxsize=65_536)(lambda token: self.tokenizer.decode([token]))
         self.max_model_len, self.runner = self._size()
+        self._speed_up(say)
         self._events: list[Event] = []  # since they were handed out last
         events = EventLog()
         events.listeners.append(self._events.append)
@@ -174,12 +175,39 @@ class Core:
             on_cpu=loaded.device.type == "cpu",
         )
         try:
-            return longest, ModelRunner(loaded, num_blocks=num_blocks, block_size=settings.block_size)
+            return longest, ModelRunner(
+                loaded, num_blocks=num_blocks, block_size=settings.block_size, max_rows=settings.max_sequences
+            )
         except (RuntimeError, MemoryError) as error:  # what torch raises for an allocation that fails
             raise SettingError(
                 f"--kv-blocks is {num_blocks}, but blocks of {block_bytes} bytes each do not fit into memory; "
                 f"the free memory holds {max(0, free // block_bytes - 1)}."
             ) from error
+
+    def _speed_up(self, say: Callable[[str], None]) -> None:
+        """Attend by kernels and replay recorded steps, where there is a GPU that can."""
+        wish, settings = self.settings.attention, self.settings
+        if wish == "reference":
+            return
+        if self.loaded.device.type != "cuda":
+            if wish == "triton":
+                raise SettingError("--attention is triton, which needs a CUDA GPU; use auto or reference.")
+            return
+        say("Compiling the attention kernels")
+        try:
+            self.runner.use_kernels()
+        except Exception as error:
+            log.info("The kernels do not work here", exc_info=True)
+            if wish == "triton":
+                raise SettingError(f"--attention is triton, but {_sentence(error)}; use auto or reference.") from error
+            self.notes.append(f"Attention is computed by plain PyTorch, which is slow: {_sentence(error)}.")
+            return
+        max_blocks = -(-self.max_model_len // settings.block_size)
+        try:
+            self.runner.record_steps(max_tokens=settings.max_step_tokens, max_blocks=max_blocks, say=say)
+        except Exception as error:
+            log.info("Steps cannot be recorded", exc_info=True)
+            self.notes.append(f"This model's steps cannot be recorded as graphs, so they are slow: {_sentence(error)}.")
 
     # -- system prompts -------------------------------------------------------------------------------------------
 
@@ -546,3 +574,8 @@ class Core:
             except Exception:  # a full disk or a closed event loop is no reason to end anybody's answer
                 log.exception("A listener failed; it hears no more")
                 self._listeners.remove(listener)
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of what it says, to be part of a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -45,12 +45,6 @@ def _key(value: str) -> str:
     return value
 
 
-def _no_triton(value: str) -> str:
-    if value == "triton":
-        raise ValueError("auto or reference: this version has no Triton kernels yet")
-    return value
-
-
 Text = Annotated[str, AfterValidator(_not_blank)]
 
 
@@ -80,8 +74,10 @@ class Settings(BaseSettings):
         description="Number format of weights, keys and values; auto is bfloat16, else float16, on a GPU, float32 on a "
         "CPU.",
     )
-    attention: Annotated[Literal["auto", "reference", "triton"], AfterValidator(_no_triton)] = Field(
-        "auto", description="How attention is computed: reference is plain PyTorch."
+    attention: Literal["auto", "reference", "triton"] = Field(
+        "auto",
+        description="How attention is computed: by Triton kernels, or by plain PyTorch (reference); auto prefers the "
+        "kernels on a GPU.",
     )
     block_size: int = Field(16, ge=1, le=MAX_BLOCK_SIZE, description="Slots (tokens) in one block of the pool.")
     kv_blocks: int | None = Field(

@@ -140,11 +140,6 @@ def test_one_sentence_about_a_wrong_value(name: str, value: object, said: str):
     assert str(caught.value) == said
 
 
-def test_triton_comes_later():
-    with pytest.raises(SettingError, match="--attention is 'triton'; it must be auto or reference"):
-        Settings(attention="triton")
-
-
 def test_a_key_is_never_shown():
     assert "hunter2" not in repr(Settings(api_key="hunter2"))
 

@@ -292,7 +292,7 @@ def self_check(module: PreTrainedModel, found: Probe, *, max_positions: int) -> 
     expected = _own_logits(module, sequences)
     if not expected.isfinite().all():
         raise ModelError(f"the model's logits are not finite numbers in {_name(module.dtype)}; try another --dtype.")
-    difference = _difference(_paged_logits(module, partial(forward, module), found, sequences), expected)
+    difference = _difference(_paged_logits(module, partial(forward, module), found.layers, sequences), expected)
     allowed = _allowed(module, sequences, expected)
     if not difference <= allowed:
         raise ModelError(
@@ -307,8 +307,21 @@ def agrees(module: PreTrainedModel, compute: Forward, found: Probe, longest: int
     """Whether another way to compute the model gives its logits over a paged pool, in contexts of any length."""
     sequences = torch.randint(vocabulary(module), (2, TOKENS), generator=torch.Generator().manual_seed(1))
     expected = _own_logits(module, sequences)
-    difference = _difference(_paged_logits(module, compute, found, sequences), expected)
+    difference = _difference(_paged_logits(module, compute, found.layers, sequences), expected)
     return difference <= _allowed(module, sequences, expected) and _asks_alike(module, compute, longest)
+
+
+def attends_alike(
+    module: PreTrainedModel,
+    compute: Forward,
+    layers: tuple[LayerShape, ...],
+    attention: Callable[[KVPool, Batch], Attention],
+) -> bool:
+    """Whether the model's logits stay the same with another attention over the paged pool."""
+    sequences = torch.randint(vocabulary(module), (2, TOKENS), generator=torch.Generator().manual_seed(2))
+    expected = _own_logits(module, sequences)
+    difference = _difference(_paged_logits(module, compute, layers, sequences, attention), expected)
+    return difference <= _allowed(module, sequences, expected)
 
 
 @torch.inference_mode()
@@ -374,10 +387,16 @@ def _own_logits(module: PreTrainedModel, sequences: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _paged_logits(module: PreTrainedModel, compute: Forward, found: Probe, sequences: Tensor) -> Tensor:
+def _paged_logits(
+    module: PreTrainedModel,
+    compute: Forward,
+    layers: tuple[LayerShape, ...],
+    sequences: Tensor,
+    attention: Callable[[KVPool, Batch], Attention] | None = None,
+) -> Tensor:
     """The same logits from a paged pool. Each sequence starts one step after the one before it."""
     per_sequence = -(-sequences.shape[1] // BLOCK_SIZE)
-    pool = KVPool(found.layers, per_sequence * len(sequences), BLOCK_SIZE, module.device, module.dtype)
+    pool = KVPool(layers, per_sequence * len(sequences), BLOCK_SIZE, module.device, module.dtype)
     scattered = (torch.randperm(pool.num_blocks, generator=torch.Generator().manual_seed(0)) + 1).tolist()
     spans = _spans(sequences.shape[1])
     logits: list[list[Tensor]] = [[] for _ in sequences]
@@ -390,7 +409,7 @@ def _paged_logits(module: PreTrainedModel, compute: Forward, found: Probe, seque
                 rows.append(Row(tokens[span.start : span.stop], span.start, table, sample=_ANY_DRAW))
                 owners.append(i)
         batch = Batch.build(rows, block_size=BLOCK_SIZE, device=module.device)
-        for index, row in zip(batch.order, compute(batch, ReferenceAttention(pool, batch)), strict=True):
+        for index, row in zip(batch.order, compute(batch, (attention or ReferenceAttention)(pool, batch)), strict=True):
             logits[owners[index]].append(row)
     return torch.stack([torch.stack(rows) for rows in logits])
 

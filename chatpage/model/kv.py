@@ -64,8 +64,13 @@ class KVPool:
         if not pairs:
             return
         sources, targets = torch.tensor(pairs, device=self.keys[0].device).unbind(1)
-        for blocks in (*self.keys, *self.values):
+        for blocks in self.tensors:
             blocks.index_copy_(0, targets, blocks.index_select(0, sources))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All keys and values, (num_blocks + 1, …) each."""
+        return [*self.keys, *self.values]
 
     @staticmethod
     def flat(blocks: Tensor) -> Tensor:

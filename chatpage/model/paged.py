@@ -22,6 +22,7 @@ from chatpage.kernels.softmax import Left
 from chatpage.kernels.store import store
 from chatpage.model.batch import Batch, Row
 from chatpage.model.kv import KVPool
+from chatpage.model.load import LoadedModel
 from chatpage.model.plan import Ints, Kind, Plan, count_decodes, find_sharing, make_plan
 
 CPU_PROCESSORS = 8  # under Triton's interpreter
@@ -217,6 +218,15 @@ class PagedAttention(KernelAttention):
             return self.plans[kind]
 
         super().__init__(pool, batch.slots, plan_for)
+
+
+@torch.inference_mode()
+def kinds_of(loaded: LoadedModel, pool: KVPool) -> list[Kind]:
+    """The kinds of the model's layers: those that attend to a token that nobody asked for."""
+    batch = Batch.build([Row([0], 0, [0], store=False)], block_size=pool.block_size, device=loaded.device)
+    attention = PagedAttention(pool, batch)
+    loaded.forward(batch, attention)
+    return list(attention.plans)
 
 
 def flat_tables(rows: Sequence[Row], block_size: int) -> tuple[list[int], Ints]:

@@ -60,6 +60,23 @@ class Sampled:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class InOrder:
+    """What rows gave, in the order of a list.
+
+    Attributes:
+        order: index in the list of each row.
+    """
+
+    sampled: Sampled
+    order: list[int]
+
+    def drawn(self) -> list[Drawn]:
+        """One entry a row; waits for the device."""
+        by_index = dict(zip(self.order, self.sampled.drawn(), strict=True))
+        return [by_index[index] for index in range(len(self.order))]
+
+
 def sample(logits: Tensor, draws: list[Draw | None]) -> list[Drawn]:
     """What each row of the logits (rows, vocabulary) gives: the token that its draw asks for, if it asks for one.
 

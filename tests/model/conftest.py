@@ -48,7 +48,7 @@ def runner(loaded: Callable[[str], LoadedModel]) -> Callable[[str], ModelRunner]
     """A runner with a fresh pool of 64 blocks, all of it NaN: what nobody wrote must never matter."""
 
     def make_runner(family: str) -> ModelRunner:
-        runner = ModelRunner(loaded(family), num_blocks=64, block_size=BLOCK_SIZE)
+        runner = ModelRunner(loaded(family), num_blocks=64, block_size=BLOCK_SIZE, max_rows=64)
         for blocks in (*runner.pool.keys, *runner.pool.values):
             blocks.fill_(torch.nan)
         return runner

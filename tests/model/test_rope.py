@@ -64,7 +64,7 @@ def folder(kind: str, tmp_path: Path) -> Path:
 def answers(model: LoadedModel, asked: list[list[int]], tokens: int) -> list[list[int]]:
     """Greedy answers to all at once, in chunks of 7."""
     tables = scattered_tables(len(asked), 160 + tokens, 4, 200)
-    runner = ModelRunner(model, num_blocks=200, block_size=4)
+    runner = ModelRunner(model, num_blocks=200, block_size=4, max_rows=64)
     return answer(runner, [Sequence(p, t, chunk=7) for p, t in zip(asked, tables, strict=True)], tokens)
 
 

@@ -1,0 +1,200 @@
+"""Whole steps as CUDA graphs: recorded once for some sizes, replayed for every step that fits one of them.
+
+    rows ─▶ frame ─▶ one upload ─▶ replay: token ids ─ layers ─ logits ─ largest ─▶ other draws ─▶ tokens
+
+A graph knows addresses, not numbers: how long rows are, where their blocks lie and what each program does it reads from
+device memory each time. So a step needs no more than the smallest graph that has room for it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chatpage.kernels.merge import FEW
+from chatpage.kernels.prefill import queries_per_task
+from chatpage.model.batch import Batch, Row
+from chatpage.model.frame import Form, Frame, Size, sizes
+from chatpage.model.kv import KVPool
+from chatpage.model.last import LastTokens
+from chatpage.model.load import LoadedModel
+from chatpage.model.paged import DevicePlan, KernelAttention, flat_tables, processors
+from chatpage.model.plan import Ints, Kind, Plan, find_sharing, make_plan, tasks_wanted
+from chatpage.model.sampler import InOrder, begin_sampling, tokens_of_largest
+
+IN_FLIGHT = 2  # frames that may be on their way to the device
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What enters the model (see `chatpage.model.batch.Batch`)."""
+
+    token_ids: Tensor
+    positions: Tensor
+    sampled: Tensor
+
+
+class Buffer:
+    """Memory of the host from which a frame is uploaded while the host goes on."""
+
+    def __init__(self, length: int) -> None:
+        self._tensor = torch.zeros(length, dtype=torch.int32, pin_memory=True)
+        self._uploaded = torch.cuda.Event()
+        self.numbers = self._tensor.numpy()
+
+    def wait(self) -> None:
+        """Until the last upload is over."""
+        self._uploaded.synchronize()
+
+    def upload(self, target: Tensor, length: int) -> None:
+        target[:length].copy_(self._tensor[:length], non_blocking=True)
+        self._uploaded.record()
+
+
+class Graphs:
+    """The graphs of a model over its pool.
+
+    Args:
+        max_rows, max_tokens: of a step.
+        max_blocks: of a row.
+        say: is told, in a few words, how far it is.
+
+    Raises:
+        RuntimeError: the model does something that cannot be recorded.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        pool: KVPool,
+        last: LastTokens,
+        kinds: list[Kind],
+        *,
+        max_rows: int,
+        max_tokens: int,
+        max_blocks: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.pool = pool
+        self._last = last
+        self._loaded = loaded
+        self._kinds = kinds
+        self._processors = processors(loaded.device)
+        self._frames = {size: Frame(size, kinds, self._processors) for size in sizes(max_rows, max_tokens)}
+        length = max(frame.tables for frame in self._frames.values()) + max_rows * max_blocks + 1
+        self._numbers = torch.zeros(length, dtype=torch.int32, device=loaded.device)
+        self._buffers = [Buffer(length) for _ in range(IN_FLIGHT)]
+        self._logits = torch.zeros(max_rows, loaded.vocab_size, dtype=loaded.dtype, device=loaded.device)
+        self._graphs = self._record(say)
+
+    # -- recording ------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _record(self, say: Callable[[str], None]) -> dict[Size, torch.cuda.CUDAGraph]:
+        """All of them in the same memory, the largest first."""
+        graphs = {}
+        memory = torch.cuda.graph_pool_handle()
+        for size in sorted(self._frames, key=lambda size: size.tokens, reverse=True):
+            say(f"Recording steps: {len(graphs)} of {len(self._frames)}")
+            frame = self._frames[size]
+            self._upload(size, [], np.zeros(1, dtype=np.int32), {kind: Plan.empty() for kind in self._kinds})
+            self._run(frame)  # compiles what is not compiled yet
+            torch.cuda.synchronize()
+            graphs[size] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[size], pool=memory):
+                self._run(frame)
+        return graphs
+
+    def _run(self, frame: Frame) -> None:
+        numbers, rows = self._numbers, frame.size.rows
+        sources = frame.sources.of(numbers)
+        inputs = Inputs(
+            token_ids=self._last.at(sources).where(sources >= 0, frame.token_ids.of(numbers).long()),
+            positions=frame.positions.of(numbers).long(),
+            sampled=frame.sampled.of(numbers).long(),
+        )
+        plans = {kind: self._device_plan(frame, kind) for kind in self._kinds}
+        attention = KernelAttention(self.pool, frame.slots.of(numbers), plans.__getitem__)
+        logits = self._loaded.forward(cast(Batch, inputs), attention)
+        self._logits[:rows].copy_(logits)
+        self._last.tokens[:rows].copy_(tokens_of_largest(logits))
+
+    def _device_plan(self, frame: Frame, kind: Kind) -> DevicePlan:
+        numbers, places = self._numbers, frame.plans[kind]
+        return DevicePlan(
+            tables=numbers[frame.tables :],
+            own=places.own.of(numbers),
+            rows=places.rows.of(numbers),
+            shared=places.shared.of(numbers),
+            members=places.members.of(numbers),
+            chunks=places.chunks.of(numbers),
+            shared_rows=places.shared_rows,
+            merges=frame.size.form is not Form.ALONE,
+            many=max(tasks_wanted(kind, self._processors)) > 2 * FEW * frame.size.decodes,
+        )
+
+    # -- replaying ------------------------------------------------------------------------------------------------
+
+    def fits(self, rows: list[Row]) -> bool:
+        """Whether there is a graph with room for these rows."""
+        return self._smallest(rows) is not None
+
+    @torch.inference_mode()
+    def launch(self, rows: list[Row]) -> InOrder:
+        """Begin to compute rows that fit."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))  # decodes first
+        ordered = [rows[i] for i in order]
+        size = self._fill_and_upload(ordered)
+        self._graphs[size].replay()
+        draws = [row.sample for row in ordered]
+        sampled = begin_sampling(self._logits[: len(rows)], draws, self._last.tokens[: len(rows)])
+        self._last.note(order)
+        return InOrder(sampled, order)
+
+    def _smallest(self, rows: Sequence[Row]) -> Size | None:
+        """The smallest size, of any form, with room for these rows."""
+        tokens = sum(len(row.tokens) for row in rows)
+        form = Form.MIXED if tokens > len(rows) else Form.SPLIT
+        fitting = [s for s in self._frames if s.form is form and s.rows >= len(rows) and s.tokens >= tokens]
+        return min(fitting, key=lambda size: size.tokens, default=None)
+
+    def _fill_and_upload(self, rows: list[Row]) -> Size:
+        """Bring the numbers of a step, decodes first, to where its graph reads them; says which graph that is."""
+        size = self._smallest(rows)
+        assert size is not None, "there is no graph for these rows"
+        starts, tables = flat_tables(rows, self.pool.block_size)
+        groups = find_sharing(rows, self.pool.block_size)
+        plans = {
+            kind: make_plan(
+                rows,
+                starts,
+                groups,
+                kind,
+                room=size.decodes,
+                processors=self._processors,
+                queries=queries_per_task(kind.heads, kind.kv_heads),
+            )
+            for kind in self._kinds
+        }
+        if size.form is not Form.MIXED:
+            size = replace(size, form=_form(plans.values()))
+        self._upload(size, rows, tables, plans)
+        return size
+
+    def _upload(self, size: Size, rows: Sequence[Row], tables: Ints, plans: Mapping[Kind, Plan]) -> None:
+        buffer = self._buffers[0]
+        self._buffers.append(self._buffers.pop(0))
+        buffer.wait()
+        sources = self._last.sources(rows)
+        length = self._frames[size].fill(buffer.numbers, rows, sources, tables, plans, self.pool.block_size)
+        buffer.upload(self._numbers, length)
+
+
+def _form(plans: Iterable[Plan]) -> Form:
+    """The form of decodes that does all that these plans need."""
+    if any(len(plan.shared) for plan in plans):
+        return Form.SHARED
+    return Form.SPLIT if any(plan.most_states > 1 for plan in plans) else Form.ALONE
