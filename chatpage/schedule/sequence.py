@@ -100,7 +100,10 @@ class Sequence:
 
     @property
     def looks_back(self) -> bool:
-        """Whether a token can only be drawn once the one before it is known here, not only on the device."""
+        """Whether a token can only be drawn once the one before it is known here, not only on the device.
+
+        No step that draws for such a sequence stays in flight. Whatever else needs that says so here.
+        """
         return self.params.penalizes
 
     @property

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from chatpage.engine import Engine
+from chatpage.model.step import ModelRunner
 from tests.checkpoints import make
 from tests.engine.harness import assert_clean, start
 
@@ -19,6 +20,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[False, True], ids=["step by step", "overlapped"])
+def overlaps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a step stays in flight while the next one is scheduled, as on a GPU. It must make no difference."""
+    start = ModelRunner.__init__
+
+    def start_so(self: ModelRunner, *args: Any, **kwargs: Any) -> None:
+        start(self, *args, **kwargs)
+        self.overlaps = request.param
+
+    monkeypatch.setattr(ModelRunner, "__init__", start_so)
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from chatpage.engine import Engine, OpenSession
 from chatpage.events import Event, Snapshot
 from chatpage.model.batch import Drawn, Row
+from chatpage.model.step import Launched, ModelRunner
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Delta, Request
 from chatpage.settings import Settings
@@ -144,6 +145,24 @@ def assert_clean(engine: Engine) -> None:
     assert engine.core.view.sessions == {}
 
 
+@dataclass
+class Done:
+    """What was launched and is computed already."""
+
+    results: list[Drawn]
+
+    def drawn(self) -> list[Drawn]:
+        return self.results
+
+
+def intercept(
+    runner: ModelRunner, around: Callable[[list[Row], Callable[[list[Row]], list[Drawn]]], list[Drawn]]
+) -> None:
+    """Have all rows that are computed from now on pass through `around(rows, compute)`."""
+    launch = runner.launch
+    runner.launch = lambda rows: Done(around(rows, lambda rows: launch(rows).drawn()))
+
+
 class Steps:
     """The rows and copies of every step from now on, and the events, in the order in which they came."""
 
@@ -151,14 +170,14 @@ class Steps:
         self.rows: list[list[Row]] = []
         self.copies: list[tuple[int, int]] = []
         self.events: list[Event] = []
-        self._run, self._copy = engine.core.runner.run, engine.core.runner.copy
-        engine.core.runner.run, engine.core.runner.copy = self._record, self._record_copies
+        self._launch, self._copy = engine.core.runner.launch, engine.core.runner.copy
+        engine.core.runner.launch, engine.core.runner.copy = self._record, self._record_copies
         engine.subscribe(self._hear)
         inside(engine, lambda: None)
 
-    def _record(self, rows: list[Row]) -> list[Drawn]:
+    def _record(self, rows: list[Row]) -> Launched:
         self.rows.append([Row(list(r.tokens), r.start, list(r.table), r.store, r.sample) for r in rows])
-        return self._run(rows)
+        return self._launch(rows)
 
     def _record_copies(self, pairs: list[tuple[int, int]]) -> None:
         self.copies += pairs

@@ -11,7 +11,9 @@ from chatpage.engine import Engine
 from chatpage.model.batch import Drawn, Row
 from chatpage.schedule.request import Delta
 from chatpage.stream import Stream
-from tests.engine.harness import ask, blocks, greedy, inside, paused, read
+from tests.engine.harness import ask, blocks, greedy, inside, intercept, paused, read
+
+pytestmark = pytest.mark.usefixtures("overlaps")
 
 KINDS = ["queued", "prefilling", "decoding", "between copy and write"]
 WAVES, OF_EACH_KIND = 25, 20
@@ -36,8 +38,9 @@ class Nemesis:
         self._caught: set[Stream] = set()
         self._targets: set[int] = set()  # of the copies of this step, until its rows run
         core = engine.core
-        self._copy, self._run, self._cancel = core.runner.copy, core.runner.run, core.cancel
-        core.runner.copy, core.runner.run, core.cancel = self.copy, self.run, self.cancel
+        self._copy, self._cancel = core.runner.copy, core.cancel
+        core.runner.copy, core.cancel = self.copy, self.cancel
+        intercept(core.runner, self.run)
 
     def ask(self, kind: str, text: str, after: int) -> Stream:
         """A request that is aborted while it is as `kind` says; a decode after so many tokens."""
@@ -66,7 +69,7 @@ class Nemesis:
         self._copy(pairs)
         self._targets = {target for _, target in pairs}
 
-    def run(self, rows: list[Row]) -> list[Drawn]:
+    def run(self, rows: list[Row], compute: Callable[[list[Row]], list[Drawn]]) -> list[Drawn]:
         targets, self._targets = self._targets, set()
         copied = [row.table for row in rows if targets.intersection(row.table)]
         due = {t.stream for t in self.engine.core.turns.values() if t.sequence.table.blocks in copied} & self._wanted
@@ -79,7 +82,7 @@ class Nemesis:
             raise RuntimeError("between copy and write")  # once: it runs again in halves
         if any(row.sample is not None and row.sample.seed == BROKEN for row in rows):
             raise RuntimeError("whenever it runs")
-        return self._run(rows)
+        return compute(rows)
 
     def cancel(self, stream: Stream) -> None:
         sequence = next((t.sequence for t in self.engine.core.turns.values() if t.stream is stream), None)

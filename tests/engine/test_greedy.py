@@ -17,7 +17,9 @@ from chatpage.model import reference
 from chatpage.model.batch import Row
 from chatpage.model.reference import Reach
 from chatpage.schedule.request import Prompt, Request
-from tests.engine.harness import Steps, ask, assert_clean, greedy, paused, read, start, user
+from tests.engine.harness import Steps, ask, assert_clean, greedy, intercept, paused, read, start, user
+
+pytestmark = pytest.mark.usefixtures("overlaps")
 
 TUTOR = Path(chatpage.__file__).parent / "tutor" / "weights"
 LENGTH = 40
@@ -170,7 +172,6 @@ def test_a_context_that_is_too_long_would_be_seen(engine: Engine, oracle: Oracle
     def late(row: Row) -> Row:
         return replace(row, start=row.start + 1, table=[*row.table, 0]) if row.start else row
 
-    run = engine.core.runner.run
-    engine.core.runner.run = lambda rows: run([late(row) for row in rows])
+    intercept(engine.core.runner, lambda rows, compute: compute([late(row) for row in rows]))
     found, expected = answers(engine, oracle)
     assert found != expected

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ import torch
 
 from chatpage.engine import Engine
 from chatpage.errors import Busy, ModelError, RequestError, SettingError, Unavailable
-from chatpage.model import step as model_step
-from chatpage.model.batch import Drawn, Row
+from chatpage.model.attention import Attention
+from chatpage.model.batch import Batch, Drawn, Row
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Delta, Prompt, Request
 from chatpage.settings import Settings
 from chatpage.stream import Stream
-from tests.engine.harness import SETTINGS, Steps, ask, greedy, held, inside, paused, read, user
+from tests.engine.harness import SETTINGS, Steps, ask, greedy, held, inside, intercept, paused, read, user
+
+pytestmark = pytest.mark.usefixtures("overlaps")
 
 QUESTION = "What is a block table?"
 LONG = "The system prompt is shared by all the sessions. " * 2
@@ -281,7 +284,7 @@ def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(engine: Engine) 
     warm = SamplingParams(temperature=1.2, top_p=0.95, top_k=50, seed=7, max_tokens=24)
     alone = read(ask(engine, QUESTION, warm)).text
     with paused(engine):
-        others = [ask(engine, other, SamplingParams(temperature=1, max_tokens=30)) for other in OTHERS]
+        others = [ask(engine, other, SamplingParams(temperature=1, min_tokens=30, max_tokens=30)) for other in OTHERS]
         same = ask(engine, QUESTION, warm)
         unlike = ask(engine, QUESTION, SamplingParams(temperature=1.2, top_p=0.95, top_k=50, seed=8, max_tokens=24))
     assert read(same).text == alone != read(unlike).text
@@ -339,17 +342,17 @@ def test_a_reader_that_never_reads_holds_nothing_up(engine: Engine) -> None:
 @contextmanager
 def failing(engine: Engine, fails: Callable[[list[Row]], bool]) -> Iterator[None]:
     """The runner raises in the steps for which `fails` is true, after it has written."""
-    run = engine.core.runner.run
+    launch = engine.core.runner.launch
 
-    def broken(rows: list[Row]) -> list[Drawn]:
-        drawn = run(rows)
+    def broken(rows: list[Row], compute: Callable[[list[Row]], list[Drawn]]) -> list[Drawn]:
+        drawn = compute(rows)
         if fails(rows):
             raise RuntimeError("out of luck")
         return drawn
 
-    engine.core.runner.run = broken
+    intercept(engine.core.runner, broken)
     yield
-    engine.core.runner.run = run
+    engine.core.runner.launch = launch
 
 
 def of_seed(seed: int) -> Callable[[list[Row]], bool]:
@@ -404,18 +407,20 @@ def test_an_engine_that_computes_nothing_any_more_says_so_to_all(engine: Engine)
         ask(engine, QUESTION)
 
 
-def test_a_row_that_is_not_a_number_ends_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_is_not_a_number_ends_alone(engine: Engine) -> None:
     alone = [read(ask(engine, other)).tokens for other in OTHERS]
-    sample, steps = model_step.sample, []
+    runner, steps = engine.core.runner, []
+    forward = runner.loaded.forward
 
-    def poisoned(logits: torch.Tensor, draws: list[Any]) -> list[Drawn]:
-        steps.append(len(draws))
-        for row, draw in enumerate(draws):
+    def poisoned(batch: Batch, attention: Attention) -> torch.Tensor:
+        logits = forward(batch, attention)
+        steps.append(len(batch.draws))
+        for row, draw in enumerate(batch.draws):
             if draw and draw.seed == 666 and len(steps) > 5:
                 logits[row] = torch.nan
-        return sample(logits, draws)
+        return logits
 
-    monkeypatch.setattr(model_step, "sample", poisoned)
+    runner.loaded = replace(runner.loaded, forward=poisoned)
     with paused(engine):
         streams = [ask(engine, other) for other in OTHERS]
         broken = ask(engine, QUESTION, greedy(seed=666))

@@ -7,26 +7,14 @@ transformers says. Here the same core runs without its thread, so that every ste
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 
-from chatpage.core import Core
 from chatpage.schedule import sequence as schedule
-from chatpage.schedule.request import Prompt, Request
-from chatpage.schedule.session import Session
-from chatpage.settings import Settings
-from chatpage.stream import Stream
-from tests.engine.harness import SETTINGS, greedy, read
+from tests.engine.desk import LENGTH, Desk, Tokens, words
+from tests.engine.harness import intercept, read
 
-LENGTH = 14  # tokens of an answer
-Tokens = tuple[int, ...]
-
-
-def words(seed: int, length: int) -> Tokens:
-    """Noise without special tokens."""
-    return tuple(Random(seed).choices(range(10, 300), k=length))
-
+pytestmark = pytest.mark.usefixtures("overlaps")
 
 # Of all lengths around the edges of blocks; some begin alike, two are the same, one is longer than every window.
 HEAD = words(0, 37)
@@ -40,47 +28,12 @@ PROMPTS: list[Tokens] = [
 assert len(PROMPTS) == 16
 
 
-class Desk:
-    """A core, and what is asked of it."""
-
-    def __init__(self, folder: Path, **settings: Any) -> None:
-        self.core = Core(Settings(model=str(folder), **SETTINGS | settings), lambda detail: None)
-        self.sessions = 0
-
-    @property
-    def system(self) -> Tokens:
-        return self.core.systems[0].tokens
-
-    def submit(self, tokens: Tokens, domain: Hashable = None) -> Stream:
-        """Ask for what follows the system prompt and these tokens; None is a domain of its own."""
-        self.sessions += 1
-        session = Session(self.sessions, self.sessions if domain is None else domain, keeps=False)
-        shared = 0 if self.core.sharing == "off" else len(self.system)
-        stream = Stream(lambda: None)
-        self.core.submit(Request(Prompt((*self.system, *tokens), shared), greedy(LENGTH)), session, stream)
-        return stream
-
-    def finish(self) -> None:
-        while self.core.has_work:
-            self.core.step()
-        assert sum(self.core.pool.ref) == 0
-
-    def answers(self, prompts: Iterable[Tokens], domain: Hashable = None) -> list[list[int]]:
-        """All of them asked at once."""
-        streams = [self.submit(tokens, domain) for tokens in prompts]
-        self.finish()
-        return [read(stream).tokens for stream in streams]
-
-    @property
-    def counters(self) -> dict[str, int]:
-        return self.core.view.counters
-
-
 class Alone:
     """The answers that every prompt has alone."""
 
     def __init__(self, folder: Path) -> None:
         self._desk = Desk(folder, sharing="off", max_sequences=1, block_size=16)
+        self._desk.core.runner.overlaps = False
         self._known: dict[Tokens, list[int]] = {}
 
     def answers(self, prompts: Iterable[Tokens]) -> list[list[int]]:
@@ -133,12 +86,11 @@ def test_whatever_a_step_may_compute(folder: Path, alone: Alone, budget: int) ->
 @pytest.mark.parametrize("kv_blocks", [1600, 120], ids=["room for all", "a full pool"])
 def test_however_many_run_at_once(folder: Path, alone: Alone, at_once: int, kv_blocks: int) -> None:
     desk = Desk(folder, max_sequences=at_once, kv_blocks=kv_blocks, max_model_len=200)
-    rows: list[int] = []
-    run = desk.core.runner.run
-    desk.core.runner.run = lambda step: (rows.append(len(step)), run(step))[1]
+    widths: list[int] = []
+    intercept(desk.core.runner, lambda rows, compute: (widths.append(len(rows)), compute(rows))[1])
     asked = PROMPTS * 4
     assert desk.answers(asked) == alone.answers(asked)
-    assert max(rows) == at_once or kv_blocks == 120
+    assert max(widths) == at_once or kv_blocks == 120
     assert (desk.counters["preempted"] > 0) == (at_once > 1 and kv_blocks == 120)
 
 

@@ -12,7 +12,7 @@ from chatpage.engine import Engine
 from chatpage.errors import RequestError, SettingError
 from chatpage.events import Event, Snapshot
 from chatpage.schedule.request import Prompt, Request
-from tests.engine.harness import ask, blocks, greedy, inside, paused, read
+from tests.engine.harness import ask, blocks, greedy, inside, intercept, paused, read
 
 
 def test_a_turn_that_is_cancelled_while_it_waits_leaves_its_session_resting(launch: Callable[..., Engine]) -> None:
@@ -103,14 +103,11 @@ def test_every_reader_hears_of_the_end_even_if_nothing_can_be_ended_in_order(
     assert engine.status == "failed"
 
 
-async def test_who_is_cancelled_need_not_wait_for_the_next_step(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_who_is_cancelled_need_not_wait_for_the_next_step(engine: Engine) -> None:
     go = threading.Event()
     stream = ask(engine, "One", greedy(None))
     await anext(stream)
-    run = engine.core.runner.run
-    monkeypatch.setattr(engine.core.runner, "run", lambda rows: (go.wait(20), run(rows))[1])
+    intercept(engine.core.runner, lambda rows, compute: (go.wait(20), compute(rows))[1])
     with paused(engine):
         other = ask(engine, "Two", greedy(4))
         stream.cancel()

@@ -15,6 +15,8 @@ from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Delta, Logprob
 from tests.engine.harness import Answer, ask, greedy, inside, paused, read, user
 
+pytestmark = pytest.mark.usefixtures("overlaps")
+
 QUESTION = "What is a block table?"
 OTHERS = ["Hi", "And a slot?", "Why is the pool full, and of what?", "?"]
 

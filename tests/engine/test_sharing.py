@@ -13,7 +13,7 @@ from chatpage.model.batch import Drawn, Row
 from chatpage.schedule.request import Request
 from chatpage.text.template import ChatTemplate
 from tests.checkpoints import tokenizer
-from tests.engine.harness import Answer, Steps, ask, blocks, greedy, held, inside, paused, read
+from tests.engine.harness import Answer, Steps, ask, blocks, greedy, held, inside, intercept, paused, read
 
 QUESTION = "What is a block table?"
 OTHER = "You are a pirate."
@@ -190,15 +190,15 @@ def test_no_step_writes_what_others_can_see(launch: Callable[..., Engine]) -> No
     """Before and after every step of a crowd that shares a pool too small for it."""
     engine = launch(sharing="all", kv_blocks=60, max_model_len=96, max_step_tokens=16)
     pool, checked = engine.core.pool, set()
-    run, copy = engine.core.runner.run, engine.core.runner.copy
+    copy = engine.core.runner.copy
 
-    def guarded(rows: list[Row]) -> list[Drawn]:
+    def guarded(rows: list[Row], compute: Callable[[list[Row]], list[Drawn]]) -> list[Drawn]:
         written = {row.table[p // 4] for row in rows if row.store for p in range(row.start, row.context)}
         fills = {b: len(node.tokens) if (node := pool.node[b]) else pool.fill[b] for b in range(1, pool.num_blocks + 1)}
         frozen = {b for b in fills if pool.ref[b] > 1 or b in pool.pinned or pool.node[b]}
         assert not frozen & written
         before = {block: held_bytes(engine, block, fills[block]) for block in frozen}
-        drawn = run(rows)
+        drawn = compute(rows)
         assert all(same(held, held_bytes(engine, block, fills[block])) for block, held in before.items())
         checked.update(frozen)
         return drawn
@@ -207,7 +207,8 @@ def test_no_step_writes_what_others_can_see(launch: Callable[..., Engine]) -> No
         assert all(pool.ref[target] == 1 and pool.node[target] is None for _, target in pairs)
         copy(pairs)
 
-    engine.core.runner.run, engine.core.runner.copy = guarded, guarded_copy
+    engine.core.runner.copy = guarded_copy
+    intercept(engine.core.runner, guarded)
     with paused(engine):
         streams = [ask(engine, QUESTION[: 8 + n], greedy(12), session=engine.open_session()) for n in range(12)]
     assert {read(stream).reason for stream in streams} == {"length"}
