@@ -44,65 +44,65 @@ class FusedModel:
         parts: list[Any] = [getattr(decoder, name, None) for name in ("embed_tokens", "rotary_emb", "norm", "layers")]
         if None in parts or type(parts[0]) is not nn.Embedding:
             raise NotUsual("It has no plain embedding, one RoPE, layers and a last norm.")
-        self._embedding, self._rotary, norm, layers = parts
-        self._norm = _Norm(norm)
-        self._head = Product([module.get_output_embeddings()])
+        self.embedding, self._rotary, norm, layers = parts
+        self.norm = Norm(norm)
+        self.head = Product([module.get_output_embeddings()])
         if len(layers) != len(calls):
             raise NotUsual("Its layers do not attend once each.")
-        self._layers = [_Layer(i, layer, call) for i, (layer, call) in enumerate(zip(layers, calls, strict=True))]
+        self.layers = [Layer(i, layer, call) for i, (layer, call) in enumerate(zip(layers, calls, strict=True))]
 
     def pack(self) -> None:
         """Lay the weights of the products out for speed, where that is known to help; the model has none of them then,
         and computes no more. A head that is the embedding too is kept as both."""
-        for product in (self._head, *(product for layer in self._layers for product in layer.products)):
-            product.pack(keep=self._embedding.weight)
+        for product in (self.head, *(product for layer in self.layers for product in layer.products)):
+            product.pack(keep=self.embedding.weight)
 
     def forward(self, batch: Batch, attention: Attention) -> Tensor:
         """Logits (rows, vocabulary) of each row's last token. Called in inference mode."""
-        hidden = self._embedding(batch.token_ids)
-        rotation = self._rotation(hidden, batch.positions)
-        for layer in self._layers:
+        hidden = self.embedding(batch.token_ids)
+        rotation = self.rotation(hidden, batch.positions)
+        for layer in self.layers:
             hidden = layer(hidden, rotation, attention)
-        return self._head(self._norm(hidden[batch.sampled]))
+        return self.head(self.norm(hidden[batch.sampled]))
 
-    def _rotation(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rotation(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (tokens, 1, head_size), the sines with the sign that the other half enters with."""
         cos, sin = (part[0, :, None] for part in self._rotary(hidden[None], positions[None]))
         first, second = sin.chunk(2, dim=-1)
         return cos, torch.cat([-first, second], dim=-1)
 
 
-class _Layer:
+class Layer:
     """Attention and a feed-forward part, each behind a norm and added to what came in."""
 
     def __init__(self, index: int, layer: Any, call: AttentionCall) -> None:
         _require_children(layer, LAYER)
         attention = layer.self_attn
         has_norms = _require_children(attention, ATTENTION, optional=HEAD_NORMS)
-        self._index, self._call = index, call
-        self._size: int = attention.head_dim
-        self._heads = attention.q_proj.out_features // self._size
-        self._rotated = self._heads + attention.k_proj.out_features // self._size
-        self._before, self._between = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
-        self._query_norm = _Norm(attention.q_norm) if has_norms else None
-        self._key_norm = _Norm(attention.k_norm) if has_norms else None
-        self._in = Product([attention.q_proj, attention.k_proj, attention.v_proj])
-        self._out = Product([attention.o_proj])
-        self._mlp = _feed_forward(layer.mlp)
-        self.products = [self._in, self._out, *self._mlp.products]
+        self.index, self.call = index, call
+        self.size: int = attention.head_dim
+        self.heads = attention.q_proj.out_features // self.size
+        self._rotated = self.heads + attention.k_proj.out_features // self.size
+        self.before, self.between = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
+        self.query_norm = Norm(attention.q_norm) if has_norms else None
+        self.key_norm = Norm(attention.k_norm) if has_norms else None
+        self.into = Product([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out = Product([attention.o_proj])
+        self.mlp = _feed_forward(layer.mlp)
+        self.products = [self.into, self.out, *self.mlp.products]
 
     def __call__(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         """(tokens, hidden_size) to the same."""
-        hidden = hidden + self._out(self._attend(self._before(hidden), rotation, attention))
-        return hidden + self._mlp(self._between(hidden))
+        hidden = hidden + self.out(self.attend(self.before(hidden), rotation, attention))
+        return hidden + self.mlp(self.between(hidden))
 
-    def _attend(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        heads = self._in(hidden).view(hidden.shape[0], -1, self._size)
+    def attend(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        heads = self.into(hidden).view(hidden.shape[0], -1, self.size)
         value = heads[:, self._rotated :]
-        query, key = self._rotate(heads, rotation)
-        call = self._call
+        query, key = self.rotate(heads, rotation)
+        call = self.call
         answer = attention.attend(
-            self._index,
+            self.index,
             query,
             key,
             value,
@@ -113,66 +113,66 @@ class _Layer:
         )
         return answer.flatten(1)
 
-    def _rotate(self, heads: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def rotate(self, heads: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Queries and keys with their positions: each half of a head turned against the other."""
         turned = heads[:, : self._rotated]
-        if self._query_norm is not None and self._key_norm is not None:
-            query, key = turned[:, : self._heads], turned[:, self._heads :]
-            turned = torch.cat([self._query_norm(query), self._key_norm(key)], dim=1)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = turned[:, : self.heads], turned[:, self.heads :]
+            turned = torch.cat([self.query_norm(query), self.key_norm(key)], dim=1)
         cos, sin = rotation
-        turned = torch.addcmul(turned * cos, turned.roll(self._size // 2, dims=-1), sin)
-        return turned[:, : self._heads], turned[:, self._heads :]
+        turned = torch.addcmul(turned * cos, turned.roll(self.size // 2, dims=-1), sin)
+        return turned[:, : self.heads], turned[:, self.heads :]
 
 
-def _feed_forward(mlp: Any) -> "_GatedProduct | _AsItIs":
+def _feed_forward(mlp: Any) -> "GatedProduct | AsItIs":
     """One product for gate and up, where there are such; else, in a mixture of experts, the part as it is."""
     is_gated = {name for name, _ in mlp.named_children()} == GATED
-    return _GatedProduct(mlp) if is_gated else _AsItIs(mlp)
+    return GatedProduct(mlp) if is_gated else AsItIs(mlp)
 
 
-class _AsItIs:
+class AsItIs:
     """A feed-forward part that is called as the model calls it."""
 
     def __init__(self, mlp: Any) -> None:
-        self._mlp = mlp
+        self.mlp = mlp
         self.products: list[Product] = []
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self._mlp(hidden[None])[0]
+        return self.mlp(hidden[None])[0]
 
 
-class _GatedProduct:
+class GatedProduct:
     """The feed-forward part: one product for gate and up."""
 
     def __init__(self, mlp: Any) -> None:
-        self._activation = mlp.act_fn
-        self._in, self._out = Product([mlp.gate_proj, mlp.up_proj]), Product([mlp.down_proj])
-        self.products = [self._in, self._out]
+        self.activation = mlp.act_fn
+        self.into, self.out = Product([mlp.gate_proj, mlp.up_proj]), Product([mlp.down_proj])
+        self.products = [self.into, self.out]
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        gate, up = self._in(hidden).chunk(2, dim=-1)
-        return self._out(self._activation(gate) * up)
+        gate, up = self.into(hidden).chunk(2, dim=-1)
+        return self.out(self.activation(gate) * up)
 
 
-class _Norm:
+class Norm:
     """Root mean square normalisation."""
 
     def __init__(self, norm: Any) -> None:
         if getattr(norm, "bias", None) is not None:
             raise NotUsual("Its norms have a bias.")
-        self._weight: Tensor = norm.weight
-        self._epsilon: float = getattr(norm, "variance_epsilon", None) or norm.eps
+        self.weight: Tensor = norm.weight
+        self.epsilon: float = getattr(norm, "variance_epsilon", None) or norm.eps
         # The same as x / hypot(|x|, sqrt(size * epsilon)) * (sqrt(size) * weight): half as many calls on a CPU, where
         # torch has no kernel of its own for it.
         self._by_length = norm.weight.is_cpu and norm.weight.dtype == torch.float32
         self._scale = norm.weight.detach() * norm.weight.numel() ** 0.5
-        self._floor = norm.weight.new_tensor((norm.weight.numel() * self._epsilon) ** 0.5)
+        self._floor = norm.weight.new_tensor((norm.weight.numel() * self.epsilon) ** 0.5)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         if self._by_length:
             length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
             return hidden / torch.hypot(length, self._floor) * self._scale
-        return F.rms_norm(hidden, self._weight.shape, self._weight, self._epsilon)
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
 
 
 def _require_children(module: nn.Module, names: set[str], *, optional: Iterable[str] = ()) -> bool:

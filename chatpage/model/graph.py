@@ -17,10 +17,10 @@ from torch import Tensor
 from chatpage.kernels.merge import FEW
 from chatpage.kernels.prefill import queries_per_task
 from chatpage.model.batch import Batch, Row
+from chatpage.model.check import Forward
 from chatpage.model.frame import Form, Frame, Size, sizes
 from chatpage.model.kv import KVPool
 from chatpage.model.last import LastTokens
-from chatpage.model.load import LoadedModel
 from chatpage.model.paged import DevicePlan, KernelAttention, flat_tables, processors
 from chatpage.model.plan import Ints, Kind, Plan, find_sharing, make_plan, tasks_wanted
 from chatpage.model.sampler import InOrder, begin_sampling, tokens_of_largest
@@ -58,6 +58,7 @@ class Graphs:
     """The graphs of a model over its pool.
 
     Args:
+        kinds: of the model's layers.
         max_rows, max_tokens: of a step.
         max_blocks: of a row.
         say: is told, in a few words, how far it is.
@@ -68,11 +69,12 @@ class Graphs:
 
     def __init__(
         self,
-        loaded: LoadedModel,
+        forward: Forward,
         pool: KVPool,
         last: LastTokens,
         kinds: list[Kind],
         *,
+        vocabulary: int,
         max_rows: int,
         max_tokens: int,
         max_blocks: int,
@@ -80,14 +82,15 @@ class Graphs:
     ) -> None:
         self.pool = pool
         self._last = last
-        self._loaded = loaded
+        self._forward = forward
         self._kinds = kinds
-        self._processors = processors(loaded.device)
+        device, dtype = pool.keys[0].device, pool.keys[0].dtype
+        self._processors = processors(device)
         self._frames = {size: Frame(size, kinds, self._processors) for size in sizes(max_rows, max_tokens)}
         length = max(frame.tables for frame in self._frames.values()) + max_rows * max_blocks + 1
-        self._numbers = torch.zeros(length, dtype=torch.int32, device=loaded.device)
+        self._numbers = torch.zeros(length, dtype=torch.int32, device=device)
         self._buffers = [Buffer(length) for _ in range(IN_FLIGHT)]
-        self._logits = torch.zeros(max_rows, loaded.vocab_size, dtype=loaded.dtype, device=loaded.device)
+        self._logits = torch.zeros(max_rows, vocabulary, dtype=dtype, device=device)
         self._graphs = self._record(say)
 
     # -- recording ------------------------------------------------------------------------------------------------
@@ -118,7 +121,7 @@ class Graphs:
         )
         plans = {kind: self._device_plan(frame, kind) for kind in self._kinds}
         attention = KernelAttention(self.pool, frame.slots.of(numbers), plans.__getitem__)
-        logits = self._loaded.forward(cast(Batch, inputs), attention)
+        logits = self._forward(cast(Batch, inputs), attention)
         self._logits[:rows].copy_(logits)
         self._last.tokens[:rows].copy_(tokens_of_largest(logits))
 

@@ -33,8 +33,9 @@ class LoadedModel:
 
     Attributes:
         name: of its folder, or its id on the hub.
-        module: the transformers model, in eval mode on its device; its attention is ours.
-        forward: computes a batch's logits: the module itself, or the same in fewer operations.
+        module: the transformers model, in eval mode on its device; its attention is ours. On a CPU `fused` may have
+            taken over its weights: it computes nothing any more then.
+        fused: the same in fewer operations, where it is the usual decoder.
         tokenizer: the one saved with it.
         layers: what each layer stores for a token.
         max_positions: tokens that a sequence may have.
@@ -46,7 +47,7 @@ class LoadedModel:
 
     name: str
     module: PreTrainedModel
-    forward: Forward
+    fused: FusedModel | None
     tokenizer: Tokenizer
     layers: tuple[LayerShape, ...]
     max_positions: int
@@ -55,6 +56,11 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     notes: list[str]
+
+    @property
+    def forward(self) -> Forward:
+        """What computes a batch's logits."""
+        return self.fused.forward if self.fused else partial(forward, self.module)
 
 
 def load(
@@ -90,13 +96,13 @@ def load(
                 f"Contexts end at {longest} tokens: past them transformers hides or forgets others than the layers say."
             )
         notes += self_check(module, found, max_positions=max_positions)
-        compute = _fastest(module, found, max_positions)
+        fused = _fused(module, found, max_positions)
     except ModelError as error:
         raise ModelError(f"model {str(path)!r} cannot be used: {error}") from error
     return LoadedModel(
         name=Path(source).resolve().name if Path(source).is_dir() else source,
         module=module,
-        forward=compute,
+        fused=fused,
         tokenizer=tokenizer,
         layers=found.layers,
         max_positions=max_positions,
@@ -201,17 +207,18 @@ def _first_sentence(error: Exception) -> str:
     return lines[0]
 
 
-def _fastest(module: PreTrainedModel, found: Probe, longest: int) -> Forward:
-    """The fused model, where this one is the usual decoder; else the module as it is."""
+def _fused(module: PreTrainedModel, found: Probe, longest: int) -> FusedModel | None:
+    """The fused model, where this one is the usual decoder."""
     try:
-        fused = FusedModel(module, found.calls).forward
-        if agrees(module, fused, found, longest):
+        fused = FusedModel(module, found.calls)
+        if agrees(module, fused.forward, found, longest):
+            fused.pack()
             return fused
     except NotUsual:
         pass
     except Exception as error:  # modules with the usual names may do anything
         log.info("The usual names, but not the usual decoder: %r", error)
-    return partial(forward, module)
+    return None
 
 
 def _check_weights(module: PreTrainedModel) -> None:

@@ -17,12 +17,13 @@ from torch import Tensor
 from chatpage.kernels.decode import attend_decodes
 from chatpage.kernels.merge import FEW, merge
 from chatpage.kernels.prefill import attend_chunks, queries_per_task
+from chatpage.kernels.rotate import Turn, turn_and_store
 from chatpage.kernels.shared import attend_shared
 from chatpage.kernels.softmax import Left
 from chatpage.kernels.store import store
 from chatpage.model.batch import Batch, Row
+from chatpage.model.check import Forward
 from chatpage.model.kv import KVPool
-from chatpage.model.load import LoadedModel
 from chatpage.model.plan import Ints, Kind, Plan, count_decodes, find_sharing, make_plan
 
 CPU_PROCESSORS = 8  # under Triton's interpreter
@@ -97,6 +98,10 @@ class KernelAttention:
         """Put the step's keys and values into the pool."""
         keys, values = self.pool.flat(self.pool.keys[layer]), self.pool.flat(self.pool.values[layer])
         store(_dense(key), _dense(value), keys, values, self._slots)
+
+    def turn_and_store(self, layer: int, heads: Tensor, turn: Turn) -> Tensor:
+        """Queries, turned, of heads of queries, keys and values; keys, turned too, and values go into the pool."""
+        return turn_and_store(heads, turn, self.pool.keys[layer], self.pool.values[layer], self._slots)
 
     def read(
         self,
@@ -221,11 +226,11 @@ class PagedAttention(KernelAttention):
 
 
 @torch.inference_mode()
-def kinds_of(loaded: LoadedModel, pool: KVPool) -> list[Kind]:
-    """The kinds of the model's layers: those that attend to a token that nobody asked for."""
-    batch = Batch.build([Row([0], 0, [0], store=False)], block_size=pool.block_size, device=loaded.device)
+def kinds_of(compute: Forward, pool: KVPool) -> list[Kind]:
+    """The kinds of a model's layers: those that attend to a token that nobody asked for."""
+    batch = Batch.build([Row([0], 0, [0], store=False)], block_size=pool.block_size, device=pool.keys[0].device)
     attention = PagedAttention(pool, batch)
-    loaded.forward(batch, attention)
+    compute(batch, attention)
     return list(attention.plans)
 
 

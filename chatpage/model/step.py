@@ -52,6 +52,7 @@ class ModelRunner:
         self.loaded = loaded
         self.pool = KVPool(loaded.layers, num_blocks, block_size, loaded.device, loaded.dtype)
         self.overlaps = loaded.device.type == "cuda"
+        self._forward = loaded.forward
         self._attention: Callable[[KVPool, Batch], Attention] = ReferenceAttention
         self._copy = self.pool.copy_blocks
         self._last = LastTokens(max_rows, loaded.device)
@@ -64,13 +65,17 @@ class ModelRunner:
             Exception: of any kind, where Triton, or this GPU, does not do what it should.
         """
         from chatpage.kernels.copy import BlockCopier  # what imports Triton is imported where there is a GPU only
+        from chatpage.model.fused_kernels import KernelModel
         from chatpage.model.paged import PagedAttention
 
         loaded = self.loaded
-        if not attends_alike(loaded.module, loaded.forward, loaded.layers, PagedAttention):
-            raise ModelError("the kernels give other logits than plain PyTorch")
-        self._attention = PagedAttention
-        self._copy = BlockCopier(self.pool.tensors).copy
+        forwards = [KernelModel(loaded.fused).forward, loaded.forward] if loaded.fused else [loaded.forward]
+        for forward in forwards:
+            if attends_alike(loaded.module, forward, loaded.layers, PagedAttention):
+                self._forward, self._attention = forward, PagedAttention
+                self._copy = BlockCopier(self.pool.tensors).copy
+                return
+        raise ModelError("the kernels give other logits than plain PyTorch")
 
     def record_steps(self, *, max_tokens: int, max_blocks: int, say: Callable[[str], None]) -> None:
         """Record whole steps as graphs, to be replayed from now on. The kernels must be in use.
@@ -87,10 +92,11 @@ class ModelRunner:
         from chatpage.model.paged import kinds_of
 
         self._graphs = Graphs(
-            self.loaded,
+            self._forward,
             self.pool,
             self._last,
-            kinds_of(self.loaded, self.pool),
+            kinds_of(self._forward, self.pool),
+            vocabulary=self.loaded.vocab_size,
             max_rows=len(self._last.tokens),
             max_tokens=max_tokens,
             max_blocks=max_blocks,
@@ -113,7 +119,7 @@ class ModelRunner:
         batch = Batch.build(rows, block_size=self.pool.block_size, device=self.loaded.device)
         if any(row.source is not None for row in rows):
             batch = self._with_last_tokens(batch)
-        logits = self.loaded.forward(batch, self._attention(self.pool, batch))
+        logits = self._forward(batch, self._attention(self.pool, batch))
         sampled = begin_sampling(logits, batch.draws)
         self._last.tokens[: len(rows)] = sampled.tokens
         self._last.note(batch.order)

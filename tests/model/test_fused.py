@@ -78,7 +78,7 @@ def forgets_the_positions(model: FusedModel, hidden: torch.Tensor, positions: to
 def test_what_computes_something_else_is_not_used(
     wrong: Callable[..., Any], loads: Loads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FusedModel, "_rotation", wrong)
+    monkeypatch.setattr(FusedModel, "rotation", wrong)
     assert not is_fused(loads("llama"))
 
 

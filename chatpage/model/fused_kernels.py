@@ -1,0 +1,63 @@
+"""The usual decoder on a GPU: matrix products by cuBLAS, and one kernel for all that lies between two of them.
+
+add, norm ── q|k|v ── norms of heads, RoPE, store ── attention ── product ── add, norm ── gate|up ── gate ── product
+"""
+
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+
+from chatpage.kernels.gate import gate
+from chatpage.kernels.norm import add_and_norm
+from chatpage.kernels.rotate import Turn
+from chatpage.model.attention import Attention
+from chatpage.model.batch import Batch
+from chatpage.model.fused import FusedModel, GatedProduct, Layer
+from chatpage.model.paged import KernelAttention
+
+
+class KernelModel:
+    """Computes what a fused model computes, in fewer launches.
+
+    Args:
+        fused: whose weights it shares.
+    """
+
+    def __init__(self, fused: FusedModel) -> None:
+        self._fused = fused
+
+    def forward(self, batch: Batch, attention: Attention) -> Tensor:
+        """Logits (rows, vocabulary) of each row's last token. Called in inference mode."""
+        fused = self._fused
+        hidden, more = fused.embedding(batch.token_ids), None
+        rotation = fused.rotation(hidden, batch.positions)
+        for layer in fused.layers:
+            hidden, normed = add_and_norm(hidden, more, layer.before.weight, layer.before.epsilon)
+            more = layer.out(self._attend(layer, normed, rotation, attention))
+            hidden, normed = add_and_norm(hidden, more, layer.between.weight, layer.between.epsilon)
+            more = self._feed_forward(layer, normed)
+        last = batch.sampled
+        added = None if more is None else more[last]
+        return fused.head(add_and_norm(hidden[last], added, fused.norm.weight, fused.norm.epsilon)[1])
+
+    @staticmethod
+    def _attend(layer: Layer, normed: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        if not isinstance(attention, KernelAttention):
+            return layer.attend(normed, rotation, attention)
+        heads = layer.into(normed).view(len(normed), -1, layer.size)
+        cos, sin = (part[:, 0].contiguous() for part in rotation)
+        turn = Turn(cos, sin)
+        if layer.query_norm and layer.key_norm:
+            turn = Turn(cos, sin, layer.query_norm.weight, layer.key_norm.weight, layer.query_norm.epsilon)
+        call = layer.call
+        query = attention.turn_and_store(layer.index, heads, turn)
+        answer = attention.read(
+            layer.index, query, scaling=call.scaling, window=call.window, softcap=call.softcap, sinks=call.sinks
+        )
+        return answer.flatten(1)
+
+    @staticmethod
+    def _feed_forward(layer: Layer, normed: Tensor) -> Tensor:
+        mlp = layer.mlp
+        if isinstance(mlp, GatedProduct) and isinstance(mlp.activation, SiLUActivation | nn.SiLU):
+            return mlp.out(gate(mlp.into(normed)))
+        return mlp(normed)
