@@ -7,6 +7,8 @@ The query heads that share a KV head are the rows of one matrix, so that each ke
 row is split into several tasks (Dao et al., Flash-Decoding, 2023).
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,11 +16,18 @@ from torch import Tensor
 from chatpage.kernels.softmax import Left, answer, attend, empty, leave, tile
 from chatpage.kernels.target import EARLY
 
-# Measured on an H200 with heads of 128 numbers: of 64 keys at once, two warps and three stages, every other choice was
-# slower where there is much to read (`benchmarks/RESULTS.md`).
-KEYS = 64  # of a program at once
-WARPS = 2
-STAGES = 3  # of loads that run ahead
+
+class Shape(NamedTuple):
+    """Of a program: keys at once, warps, and loads that run ahead."""
+
+    keys: int
+    warps: int
+    stages: int
+
+
+# Measured on an H200 with heads of 128 numbers (`benchmarks/RESULTS.md`): what is fastest where these programs have the
+# GPU to themselves, and where they must find room beside those that attend to shared keys.
+ALONE, BESIDE = Shape(64, 2, 3), Shape(32, 1, 3)
 
 
 @triton.jit
@@ -81,6 +90,7 @@ def attend_decodes(
     left: Left,
     out: Tensor,
     *,
+    beside: bool,
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
@@ -96,15 +106,17 @@ def attend_decodes(
         rows: see `chatpage.kernels.merge.merge`.
         left: where a task leaves its states, `heads` rows each.
         out: (tokens, heads, value_size), contiguous.
+        beside: whether `attend_shared` runs at the same time.
         scaling, softcap, sinks: see `chatpage.model.attention.Attention`.
     """
     _, block_size, kv_heads, key_size = keys.shape
     heads, value_size = query.shape[1], values.shape[3]
+    shape = BESIDE if beside else ALONE
     _decode[(kv_heads, len(tasks))](
         query, keys, values, tables, tasks, rows, out, sinks, *left,
         query.stride(0), query.stride(1), scaling, softcap or 0.0,
         heads, kv_heads, key_size, value_size, tile(key_size), tile(value_size),
         block_size, softcap is not None, sinks is not None,
-        max(16, triton.next_power_of_2(heads // kv_heads)), KEYS, EARLY,
-        num_warps=WARPS, num_stages=STAGES,
+        max(16, triton.next_power_of_2(heads // kv_heads)), shape.keys, EARLY,
+        num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip

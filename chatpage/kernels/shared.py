@@ -16,7 +16,7 @@ from chatpage.kernels.softmax import Left, attend, empty, leave, tile
 
 KEYS = 64  # of a program at once
 WARPS = 4
-STAGES = 3  # of loads that run ahead
+STAGES = 2  # of loads that run ahead
 
 
 @triton.jit

@@ -173,6 +173,7 @@ class KernelAttention:
                 plan.rows,
                 own,
                 out,
+                beside=len(plan.shared) > 0,
                 scaling=scaling,
                 softcap=softcap,
                 sinks=sinks,

@@ -21,8 +21,8 @@ from chatpage.model.batch import Row
 
 Ints = NDArray[np.int32]
 
-# So many programs per multiprocessor keep a GPU busy; but none should have fewer keys than that.
-OWN_PROGRAMS, OWN_KEYS = 4, 256
+# So many programs per multiprocessor keep a GPU busy, while two run side by side; but none should have fewer keys.
+OWN_PROGRAMS, OWN_KEYS = 4, 128
 SHARED_PROGRAMS, SHARED_KEYS = 2, 128
 TILE = 64  # keys: shared tasks end at multiples of it; what is left of the shared ones each row reads for itself
 
@@ -129,7 +129,7 @@ def make_plan(
         groups = []
     notes = np.zeros((decodes, ROW_FIELDS), dtype=np.int32)
     own_wanted, shared_wanted = tasks_wanted(kind, processors)
-    shared, members = _share(groups, tables, notes, begins, shared_rows // kind.group, shared_wanted)
+    shared, members = _share(groups, tables, notes, begins, contexts, shared_rows // kind.group, shared_wanted)
     return Plan(
         own=_split(begins, contexts, tables, notes, own_wanted),
         rows=notes,
@@ -156,15 +156,22 @@ def rows_of_shared(members: int, group: int) -> int:
 
 
 def _share(
-    groups: list[Sharing], tables: Sequence[int], notes: Ints, begins: NDArray, per_task: int, wanted: int
+    groups: list[Sharing],
+    tables: Sequence[int],
+    notes: Ints,
+    begins: NDArray,
+    contexts: NDArray,
+    per_task: int,
+    wanted: int,
 ) -> tuple[Ints, Ints]:
     """Shared tasks and members; tells `notes` where rows find their states, and `begins` where their own keys begin."""
     tasks: list[tuple[int, ...]] = []
     members: list[int] = []
-    tiles = sum(-(-len(sharing.rows) // per_task) for sharing in groups)
     for sharing in groups:
-        edges = [*range(0, sharing.tokens, _shared_step(sharing.tokens, wanted // tiles)), sharing.tokens]
         begins[sharing.rows] = sharing.tokens
+    steps = _shared_steps(groups, per_task, int((contexts - begins).sum()), wanted)
+    for sharing, step in zip(groups, steps, strict=True):
+        edges = [*range(0, sharing.tokens, step), sharing.tokens]
         for first in range(0, len(sharing.rows), per_task):
             tile = sharing.rows[first : first + per_task]
             notes[tile, 2], notes[tile, 3], notes[tile, 4] = len(tasks), len(edges) - 1, range(len(tile))
@@ -174,10 +181,13 @@ def _share(
     return np.array(tasks, dtype=np.int32).reshape(-1, SHARED_FIELDS), np.array(members, dtype=np.int32)
 
 
-def _shared_step(tokens: int, wanted: int) -> int:
-    """Keys of a shared task, where so many tasks are wanted for these tokens."""
-    splits = max(1, min(wanted, tokens // SHARED_KEYS))
-    return _rounded(-(-tokens // splits), TILE)
+def _shared_steps(groups: list[Sharing], per_task: int, own_keys: int, wanted: int) -> list[int]:
+    """Keys of each group's tasks. There are at most `wanted`, or one a tile; half, where the own keys are more work."""
+    tiles = [-(-len(sharing.rows) // per_task) for sharing in groups]
+    products = sum(count * sharing.tokens for count, sharing in zip(tiles, groups, strict=True))
+    wanted = wanted if products > own_keys else wanted // 2
+    splits = [max(1, min(wanted // sum(tiles), sharing.tokens // SHARED_KEYS)) for sharing in groups]
+    return [_rounded(-(-group.tokens // count), TILE) for group, count in zip(groups, splits, strict=True)]
 
 
 def _split(begins: NDArray, ends: NDArray, tables: Sequence[int], notes: Ints, wanted: int) -> Ints:
@@ -195,7 +205,10 @@ def _split(begins: NDArray, ends: NDArray, tables: Sequence[int], notes: Ints, w
 
 def _own_steps(lengths: NDArray, wanted: int) -> NDArray:
     """Keys of each row's tasks. There are at most `wanted` more tasks than rows."""
-    aim = max(OWN_KEYS, -(-int(lengths.sum()) // wanted))
+    total = int(lengths.sum())
+    aim = max(OWN_KEYS, 2 * total / wanted)  # all of them at once, if they are short then
+    if aim > 2 * OWN_KEYS:
+        aim = max(2 * OWN_KEYS, total / wanted)
     splits = np.maximum(1, np.rint(lengths / aim).astype(np.int64))
     return _rounded(-(-lengths // splits), TILE)
 
@@ -238,7 +251,7 @@ def _pays(contexts: NDArray, groups: list[Sharing], kind: Kind, processors: int,
         alone += merge
 
     tiles = [-(-len(sharing.rows) // per_task) for sharing in groups]
-    longest = max(_shared_step(sharing.tokens, shared_wanted // sum(tiles)) for sharing in groups)
+    longest = max(_shared_steps(groups, per_task, int((contexts - saved).sum()), shared_wanted))
     products = sum(count * sharing.tokens for count, sharing in zip(tiles, groups, strict=True))
     own = contexts - saved
     own_time = max(_own_steps(own, own_wanted).max() / TILE, own.sum() / at_once)
