@@ -1,23 +1,24 @@
 """However the engine ends, nobody waits for ever, and it does not pretend to be alive."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
 
 from chatpage.engine import Engine
 from chatpage.events import Snapshot
+from chatpage.model import step as model_step
 from chatpage.schedule.request import Delta
 from tests.engine.harness import ask, greedy, paused, read
 
 pytestmark = pytest.mark.usefixtures("overlaps")
 
 
-def test_a_model_that_gives_only_nan_is_not_alive(engine: Engine) -> None:
-    runner = engine.core.runner
-    forward = runner.loaded.forward
-    runner.loaded = replace(runner.loaded, forward=lambda *batch: torch.full_like(forward(*batch), torch.nan))
+def test_a_model_that_gives_only_nan_is_not_alive(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = model_step.begin_sampling
+    monkeypatch.setattr(
+        model_step, "begin_sampling", lambda logits, draws: begin(torch.full_like(logits, torch.nan), draws)
+    )
     with paused(engine):
         streams = [ask(engine, "One"), ask(engine, "Two")]
     assert [read(stream).reason for stream in streams] == ["error", "error"]

@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ import torch
 
 from chatpage.engine import Engine
 from chatpage.errors import Busy, ModelError, RequestError, SettingError, Unavailable
-from chatpage.model.attention import Attention
-from chatpage.model.batch import Batch, Drawn, Row
+from chatpage.model import step as model_step
+from chatpage.model.batch import Drawn, Row
+from chatpage.model.sampler import Sampled
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Delta, Prompt, Request
 from chatpage.settings import Settings
@@ -407,20 +407,18 @@ def test_an_engine_that_computes_nothing_any_more_says_so_to_all(engine: Engine)
         ask(engine, QUESTION)
 
 
-def test_a_row_that_is_not_a_number_ends_alone(engine: Engine) -> None:
+def test_a_row_that_is_not_a_number_ends_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = [read(ask(engine, other)).tokens for other in OTHERS]
-    runner, steps = engine.core.runner, []
-    forward = runner.loaded.forward
+    begin, steps = model_step.begin_sampling, []
 
-    def poisoned(batch: Batch, attention: Attention) -> torch.Tensor:
-        logits = forward(batch, attention)
-        steps.append(len(batch.draws))
-        for row, draw in enumerate(batch.draws):
+    def poisoned(logits: torch.Tensor, draws: list[Any]) -> Sampled:
+        steps.append(len(draws))
+        for row, draw in enumerate(draws):
             if draw and draw.seed == 666 and len(steps) > 5:
                 logits[row] = torch.nan
-        return logits
+        return begin(logits, draws)
 
-    runner.loaded = replace(runner.loaded, forward=poisoned)
+    monkeypatch.setattr(model_step, "begin_sampling", poisoned)
     with paused(engine):
         streams = [ask(engine, other) for other in OTHERS]
         broken = ask(engine, QUESTION, greedy(seed=666))
