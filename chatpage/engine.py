@@ -11,6 +11,7 @@
 A command is a function that the thread calls between two steps.
 """
 
+import gc
 import logging
 import queue
 import threading
@@ -353,6 +354,10 @@ class Engine:
         from chatpage.core import Core  # late: torch takes seconds to import, and the page is up meanwhile
 
         self._core = Core(self.settings, self._say)
+        # What was loaded stays. With 256 sequences a collector that walks over it again and again takes a third of the
+        # host's time.
+        gc.collect()
+        gc.freeze()
         with self._lock:
             if self.status == "starting":
                 self.status, self.detail = "ready", "Ready"
@@ -386,4 +391,5 @@ class Engine:
                 except Exception:  # the others who asked wait too
                     log.exception("A command failed while the engine ended")
             self._core.end_all(f"{self.detail.rstrip('.')}." if self.status == "failed" else None)
+        gc.unfreeze()
         self._settled.set()
