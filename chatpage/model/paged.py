@@ -28,6 +28,7 @@ from chatpage.model.kv import KVPool
 from chatpage.model.plan import Ints, Kind, Plan, count_decodes, find_sharing, make_plan
 
 CPU_PROCESSORS = 8  # under Triton's interpreter
+CROWDED = 400  # programs for own keys: from here on they are made small, so that they fit beside shared tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,7 @@ class KernelAttention:
                 plan.rows,
                 own,
                 out,
-                beside=len(plan.shared) > 0,
+                beside=len(plan.shared) > 0 and len(plan.rows) * kv_heads >= CROWDED,
                 scaling=scaling,
                 softcap=softcap,
                 sinks=sinks,

@@ -29,7 +29,7 @@ TILE = 64  # keys: shared tasks end at multiples of it; what is left of the shar
 # What things take, in the time in which a program attends to a tile of keys, as measured on an H200: so many tiles can
 # be read side by side by each multiprocessor; keys that several rows read for themselves come from its cache mostly;
 # a merge begins, and handles so many heads meanwhile; the shared tasks begin beside the own ones.
-READ_AT_ONCE, CACHED, MERGE, MERGED_AT_ONCE, BESIDE = 1.9, 0.5, 1.3, 3000, 0.3
+READ_AT_ONCE, CACHED, MERGE, MERGED_AT_ONCE, BESIDE = 1.9, 0.4, 0.5, 3000, 0.0
 
 OWN_FIELDS, ROW_FIELDS, SHARED_FIELDS, CHUNK_FIELDS = 4, 8, 8, 4  # columns of the tables in `Plan`
 

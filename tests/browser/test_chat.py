@@ -58,8 +58,8 @@ def site(model: str | None) -> Iterator[Site]:
 @pytest.fixture
 def slow(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps long enough to see an answer grow."""
-    run = site.engine.core.runner.run
-    monkeypatch.setattr(site.engine.core.runner, "run", lambda rows: (time.sleep(STEP), run(rows))[1])
+    launch = site.engine.core.runner.launch
+    monkeypatch.setattr(site.engine.core.runner, "launch", lambda rows: (time.sleep(STEP), launch(rows))[1])
 
 
 @pytest.fixture
