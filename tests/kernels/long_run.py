@@ -16,9 +16,9 @@ from random import Random
 from typing import Any
 
 import torch
-from chatpage.kernels.copy import BlockCopier
 from torch import Tensor
 
+from chatpage.kernels.copy import BlockCopier
 from chatpage.model.batch import Batch, Row
 from chatpage.model.kv import KVPool, LayerShape
 from chatpage.model.paged import PagedAttention

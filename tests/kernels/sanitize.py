@@ -13,9 +13,9 @@ from random import Random
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import torch
+
 from chatpage.kernels.copy import BlockCopier
 from chatpage.kernels.store import store
-
 from tests.kernels import test_copy
 from tests.kernels.case import Case, draw_rows
 from tests.kernels.conftest import DEVICE, ON_GPU

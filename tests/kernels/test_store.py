@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from chatpage.kernels.store import store
 from torch import Tensor
 
+from chatpage.kernels.store import store
 from tests.kernels.case import same_bits
 from tests.kernels.conftest import DEVICE, ON_GPU, needs_gpu
 
