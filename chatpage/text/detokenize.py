@@ -1,17 +1,25 @@
 """Token ids to text, one at a time, never half a character."""
 
 import re
-from functools import lru_cache
-from typing import cast
+from collections.abc import Callable
+from enum import Enum
+from functools import cache, lru_cache
 
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # A byte-fallback tokenizer decodes a run of these as one piece: whether its bytes are text is known when the run ends.
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 REPLACEMENT = "\ufffd"
-LONGEST_WINDOW = 24
-KEPT_WINDOW = 8
+LONGEST_WINDOW = 12
+KEPT_WINDOW = 4
+
+
+class Role(Enum):
+    """What a token does in a text."""
+
+    SILENT = 0  # it is never shown
+    BYTE = 1
+    TEXT = 2
 
 
 class Detokenizer:
@@ -24,22 +32,18 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        # The same text, without what transformers does around it for every call.
-        is_fast = isinstance(tokenizer, PreTrainedTokenizerFast)
-        is_plain = is_fast and type(tokenizer)._decode is PreTrainedTokenizerFast._decode
-        self._fast = cast(Tokenizer, tokenizer.backend_tokenizer) if is_plain else None
-        self._silent = silent_ids(tokenizer)
+        self._role = roles(tokenizer)
+        self._decode = _decoder(tokenizer)
         self._window: list[int] = []
         self._sent = 0  # characters of the window's text
 
     def add(self, token_id: int) -> str:
         """The text that this token makes certain, often empty."""
-        token = self._tokenizer.convert_ids_to_tokens(token_id)
-        if not isinstance(token, str) or token_id in self._silent:  # None: a padded vocabulary has ids without a token
+        role = self._role(token_id)
+        if role is Role.SILENT:
             return ""
         self._window.append(token_id)
-        if BYTE_TOKEN.fullmatch(token):
+        if role is Role.BYTE:
             return ""
         text = self._decode(self._window)
         # The last sign may be a character of which some bytes are still to come.
@@ -63,12 +67,35 @@ class Detokenizer:
         if text:
             self._window, self._sent = window, len(text) - text.endswith(REPLACEMENT)
 
-    def _decode(self, ids: list[int]) -> str:
-        if self._fast is not None:
-            return self._fast.decode(ids, skip_special_tokens=True)
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+@lru_cache(maxsize=8)
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+    """Ids to text without special tokens."""
+    is_fast = isinstance(tokenizer, PreTrainedTokenizerFast)
+    if is_fast and type(tokenizer)._decode is PreTrainedTokenizerFast._decode:
+        return tokenizer.backend_tokenizer.decode  # the same, without what transformers does around it for every call
+
+    def decode(ids: list[int]) -> str:
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)  # one sequence in, one text out
         return text
+
+    return decode
+
+
+@lru_cache(maxsize=8)
+def roles(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], Role]:
+    """The role of each of a tokenizer's tokens."""
+    silent = silent_ids(tokenizer)
+
+    @cache
+    def role(token_id: int) -> Role:
+        token = tokenizer.convert_ids_to_tokens(token_id)
+        if not isinstance(token, str) or token_id in silent:  # None: a padded vocabulary has ids without a token
+            return Role.SILENT
+        return Role.BYTE if BYTE_TOKEN.fullmatch(token) else Role.TEXT
+
+    return role
 
 
 @lru_cache(maxsize=8)

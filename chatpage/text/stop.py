@@ -18,6 +18,8 @@ class StopStrings:
 
     def add(self, text: str, *, exempt: bool = False) -> tuple[str, bool]:
         """Text that is safe to send, and whether a stop string was met: it and everything after it is dropped."""
+        if not self._stops:
+            return text, False
         if self._met:
             return "", True
         text = self._held + text
