@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import gc
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -91,12 +90,10 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         run, names = given.pop("run"), given.pop("names")
         if unknown:
             raise SettingError(_unknown(unknown[0], names))
-        status = run(given)
-        gc.freeze()  # the process ends now: to collect all of torch first would take seconds
+        return run(given)
     except ChatPageError as error:
         print(f"chatpage: {error}", file=sys.stderr)
         return 2
-    return status
 
 
 def _serve(given: dict[str, Any]) -> int:

@@ -119,6 +119,7 @@ def test_it_ends_in_time_with_streams_open(checkpoint: Path, sig: signal.Signals
         assert time.monotonic() - asked < 5
         assert process.returncode == 0
         assert "Traceback" not in err
+        assert "leaked" not in err
         assert "is ready on cpu in float32" in out
 
 

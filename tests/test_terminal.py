@@ -58,6 +58,7 @@ def test_a_message_a_line_through_a_pipe() -> None:
     assert len(told) == 4, "one line for each answer, the one to unreadable bytes too"
     assert re.fullmatch(r"\d+ tokens in [\d.]+ s \([\d.]+ a second\); (\d+) of \1 prompt tokens found .+", told[1])
     assert "The question is '9'; it must be a number from 1 to 3." in said
+    assert said[-1] == told[-1], "nothing is said at exit"
     assert done.returncode == 1, "not everything could be done"
 
 
