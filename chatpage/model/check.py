@@ -52,6 +52,10 @@ MASKED = "chatpage-masked"
 LOOKERS = 4  # tokens that are asked what they see
 
 
+class NotFinite(ModelError):
+    """A number is too large for the model's dtype, or is none at all."""
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """What a dry forward saw: for each layer the shape of its keys and values, and how it asks for attention."""
@@ -115,9 +119,12 @@ def check_keys(module: PreTrainedModel, longest: int) -> None:
 
     Raises:
         ModelError: they are not, so that keys of one step would not go with those of another.
+        NotFinite: they are no numbers.
     """
     alone = _record(module, [0, 1, 2, 3, 4])
     beside = _record(module, [0, 1, 2, 3, longest - 1])
+    if not all(keys.isfinite().all() for keys in alone.keys):
+        raise NotFinite(f"the model's keys are not finite numbers in {_name(module.dtype)}; try another --dtype.")
     allowed = 4 * torch.finfo(module.dtype).eps
     for one, other in zip(alone.keys, beside.keys, strict=True):
         kept, found = one[:4].float(), other[:4].float()
@@ -284,14 +291,15 @@ def self_check(module: PreTrainedModel, found: Probe, *, max_positions: int) -> 
         Notes on what could not be tried.
 
     Raises:
-        ModelError: the logits differ, or are not finite.
+        ModelError: the logits differ.
+        NotFinite: they are no numbers.
     """
     length, notes = _length(module, max_positions, found.windows)
     random = torch.Generator().manual_seed(0)
     sequences = torch.randint(vocabulary(module), (2, length), generator=random)
     expected = _own_logits(module, sequences)
     if not expected.isfinite().all():
-        raise ModelError(f"the model's logits are not finite numbers in {_name(module.dtype)}; try another --dtype.")
+        raise NotFinite(f"the model's logits are not finite numbers in {_name(module.dtype)}; try another --dtype.")
     difference = _difference(_paged_logits(module, partial(forward, module), found.layers, sequences), expected)
     allowed = _allowed(module, sequences, expected)
     if not difference <= allowed:

@@ -3,6 +3,7 @@
 Weights come from safetensors only, and no code that lies beside a model is ever run.
 """
 
+import gc
 import json
 import logging
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from chatpage.errors import ModelError, SettingError
 from chatpage.model import rope
 from chatpage.model.attention import NAME, forward
-from chatpage.model.check import Forward, Probe, agrees, check_keys, probe, self_check, visible, vocabulary
+from chatpage.model.check import Forward, NotFinite, Probe, agrees, check_keys, probe, self_check, visible, vocabulary
 from chatpage.model.fused import FusedModel, NotUsual
 from chatpage.model.kv import LayerShape
 
@@ -71,45 +72,66 @@ def load(
     Args:
         path: "./here", "~/there" and names of folders that exist are folders; all else is an id.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
-        dtype: "auto" (float32 on a CPU; bfloat16, else float16, on a GPU), "float32", "float16" or "bfloat16".
+        dtype: "auto" (float32 on a CPU; bfloat16 on a GPU that has it, else float16, else float32), "float32",
+            "float16" or "bfloat16".
         max_model_len: how long contexts are wished to be; positions that depend on it are chosen accordingly.
 
     Raises:
         ModelError: there is no such model, its files are wrong, or paged attention cannot run it.
-        SettingError: the device is not there.
+        SettingError: the device is not there, or has no such dtype.
     """
     source = _source(path)
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
     try:
-        config = _config(source)
-        tokenizer = _tokenizer(source)
-        module = _module(source, config, chosen_device, chosen_dtype)
-        _check_weights(module)
-        vocab_size = _vocab_size(module, tokenizer)
-        max_positions, notes = rope.pin(module, _max_positions(config, tokenizer), max_model_len)
-        found = probe(module)
-        check_keys(module, max_positions)
-        if (longest := visible(module, found, max_positions)) < max_positions:
-            max_positions = longest
-            notes.append(
-                f"Contexts end at {longest} tokens: past them transformers hides or forgets others than the layers say."
-            )
-        notes += self_check(module, found, max_positions=max_positions)
-        fused = _fused(module, found, max_positions)
+        if dtype == "auto" and chosen_dtype is torch.float16:
+            return _load_without_bfloat16(source, chosen_device, max_model_len)
+        return _load(source, chosen_device, chosen_dtype, max_model_len)
     except ModelError as error:
         raise ModelError(f"model {str(path)!r} cannot be used: {error}") from error
+
+
+def _load_without_bfloat16(source: str, device: torch.device, max_model_len: int | None) -> LoadedModel:
+    """In float16, or in float32 where the model has numbers that float16 has no room for."""
+    try:
+        loaded = _load(source, device, torch.float16, max_model_len)
+        note = "This GPU has no bfloat16, so the model runs in float16."
+    except NotFinite:
+        loaded = None
+        note = "This GPU has no bfloat16, and in float16 the model's numbers overflow, so it runs in float32."
+    if loaded is None:
+        gc.collect()  # the first try may hold memory still
+        loaded = _load(source, device, torch.float32, max_model_len)
+    loaded.notes.insert(0, note)
+    return loaded
+
+
+def _load(source: str, device: torch.device, dtype: torch.dtype, max_model_len: int | None) -> LoadedModel:
+    config = _config(source)
+    tokenizer = _tokenizer(source)
+    module = _module(source, config, device, dtype)
+    _check_weights(module)
+    vocab_size = _vocab_size(module, tokenizer)
+    max_positions, notes = rope.pin(module, _max_positions(config, tokenizer), max_model_len)
+    found = probe(module)
+    check_keys(module, max_positions)
+    if (longest := visible(module, found, max_positions)) < max_positions:
+        max_positions = longest
+        notes.append(
+            f"Contexts end at {longest} tokens: past them transformers hides or forgets others than the layers say."
+        )
+    notes += self_check(module, found, max_positions=max_positions)
     return LoadedModel(
         name=Path(source).resolve().name if Path(source).is_dir() else source,
         module=module,
-        fused=fused,
+        fused=_fused(module, found, max_positions),
         tokenizer=tokenizer,
         layers=found.layers,
         max_positions=max_positions,
         vocab_size=vocab_size,
         stop_token_ids=_stop_token_ids(module, tokenizer),
-        device=chosen_device,
-        dtype=chosen_dtype,
+        device=device,
+        dtype=dtype,
         notes=notes,
     )
 
@@ -124,11 +146,14 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    has_bfloat16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "bfloat16" and not has_bfloat16:
+        raise SettingError("--dtype is bfloat16, which this GPU does not have; use float16, float32 or auto.")
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if has_bfloat16 else torch.float16
 
 
 def _source(path: str | Path) -> str:
@@ -227,7 +252,7 @@ def _check_weights(module: PreTrainedModel) -> None:
             continue
         low, high = torch.aminmax(weight)
         if not (low.isfinite() and high.isfinite()):
-            raise ModelError(f"its weight {name} holds values that are not finite numbers in {weight.dtype}.")
+            raise NotFinite(f"its weight {name} holds values that are not finite numbers in {weight.dtype}.")
 
 
 def _vocab_size(module: PreTrainedModel, tokenizer: Tokenizer) -> int:

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import chatpage.model.check as check
+import chatpage.model.load as load_module
 from chatpage.errors import ModelError, SettingError
 from chatpage.model.fused import FusedModel
 from chatpage.model.kv import LayerShape
-from chatpage.model.load import choose_device, load
+from chatpage.model.load import choose_device, choose_dtype, load
 from chatpage.model.reference import ReferenceAttention
 from tests.checkpoints import make
 
@@ -150,6 +151,84 @@ def test_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SettingError, match="--device is cuda, but"):
         choose_device("cuda")
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_bfloat16", "chosen"),
+    [
+        ("auto", True, torch.bfloat16),
+        ("auto", False, torch.float16),
+        ("bfloat16", True, torch.bfloat16),
+        ("float16", False, torch.float16),
+        ("float32", False, torch.float32),
+    ],
+)
+def test_the_dtype_on_a_gpu(dtype, has_bfloat16, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    assert choose_dtype(dtype, GPU) is chosen
+
+
+def test_a_dtype_that_the_gpu_does_not_have(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    with pytest.raises(SettingError) as caught:
+        choose_dtype("bfloat16", GPU)
+    assert str(caught.value) == "--dtype is bfloat16, which this GPU does not have; use float16, float32 or auto."
+
+
+@pytest.fixture
+def old_gpu(monkeypatch) -> None:
+    """What is loaded gets the dtype of a GPU without bfloat16."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(load_module, "choose_dtype", lambda dtype, device: choose_dtype(dtype, GPU))
+
+
+@pytest.mark.usefixtures("old_gpu")
+def test_a_gpu_without_bfloat16_computes_in_float16(checkpoint):
+    model = load(checkpoint("llama"), device="cpu")
+    assert (model.dtype, model.notes) == (
+        torch.float16,
+        ["This GPU has no bfloat16, so the model runs in float16."],
+    )
+    assert load(checkpoint("llama"), device="cpu", dtype="float16").notes == []
+
+
+def make_large(folder: Path, *names: str) -> None:
+    """Weights of so many times the size."""
+    weights = load_file(folder / "model.safetensors")
+    for name in names:
+        weights[f"model.layers.1.{name}.weight"] *= 3e4
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.usefixtures("old_gpu")
+@pytest.mark.parametrize(
+    ("large", "reason"),
+    [
+        (["mlp.up_proj"] * 2, "mlp.up_proj.weight holds values that are not finite numbers in torch.float16"),
+        (["mlp.up_proj", "mlp.gate_proj"], "keys are not finite numbers in float16; try another --dtype"),
+    ],
+    ids=["a weight", "a product"],
+)
+def test_a_model_too_large_for_float16_computes_in_float32(large, reason, copy):
+    make_large(copy, *large)
+    model = load(copy, device="cpu")
+    assert (model.dtype, model.notes) == (
+        torch.float32,
+        ["This GPU has no bfloat16, and in float16 the model's numbers overflow, so it runs in float32."],
+    )
+    with pytest.raises(ModelError, match=reason):
+        load(copy, device="cpu", dtype="float16")
+
+
+@pytest.mark.usefixtures("old_gpu")
+def test_weights_that_are_finite_in_no_dtype(copy):
+    weights = load_file(copy / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    refused(copy, "not finite numbers in torch.float32")
 
 
 def test_a_window_that_layers_do_not_hand_over(checkpoint):
