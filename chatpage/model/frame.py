@@ -68,6 +68,13 @@ def sizes(max_rows: int, max_tokens: int) -> list[Size]:
     ]
 
 
+def largest(max_rows: int, max_tokens: int) -> list[Size]:
+    """Of those, the ones of most tokens."""
+    all_sizes = sizes(max_rows, max_tokens)
+    most = max(size.tokens for size in all_sizes)
+    return [size for size in all_sizes if size.tokens == most]
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a table begins, and its shape."""

@@ -18,7 +18,7 @@ from chatpage.kernels.merge import FEW
 from chatpage.kernels.prefill import queries_per_task
 from chatpage.model.batch import Batch, Row
 from chatpage.model.check import Forward
-from chatpage.model.frame import Form, Frame, Size, sizes
+from chatpage.model.frame import Form, Frame, Size
 from chatpage.model.kv import KVPool
 from chatpage.model.last import LastTokens
 from chatpage.model.paged import DevicePlan, KernelAttention, flat_tables, processors
@@ -59,7 +59,8 @@ class Graphs:
 
     Args:
         kinds: of the model's layers.
-        max_rows, max_tokens: of a step.
+        wanted: sizes to record.
+        max_rows: of a step.
         max_blocks: of a row.
         say: is told, in a few words, how far it is.
 
@@ -73,10 +74,10 @@ class Graphs:
         pool: KVPool,
         last: LastTokens,
         kinds: list[Kind],
+        wanted: list[Size],
         *,
         vocabulary: int,
         max_rows: int,
-        max_tokens: int,
         max_blocks: int,
         say: Callable[[str], None],
     ) -> None:
@@ -86,7 +87,7 @@ class Graphs:
         self._kinds = kinds
         device, dtype = pool.keys[0].device, pool.keys[0].dtype
         self._processors = processors(device)
-        self._frames = {size: Frame(size, kinds, self._processors) for size in sizes(max_rows, max_tokens)}
+        self._frames = {size: Frame(size, kinds, self._processors) for size in wanted}
         length = max(frame.tables for frame in self._frames.values()) + max_rows * max_blocks + 1
         self._numbers = torch.zeros(length, dtype=torch.int32, device=device)
         self._buffers = [Buffer(length) for _ in range(IN_FLIGHT)]

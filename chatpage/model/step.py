@@ -16,15 +16,24 @@ from chatpage.errors import ModelError
 from chatpage.model.attention import Attention
 from chatpage.model.batch import Batch, Draw, Drawn, Row
 from chatpage.model.check import attends_alike
-from chatpage.model.kv import KVPool
+from chatpage.model.kv import KVPool, free_memory
 from chatpage.model.last import LastTokens
 from chatpage.model.reference import ReferenceAttention
 from chatpage.model.sampler import InOrder, begin_sampling
 from chatpage.schedule.params import SamplingParams
 
 if TYPE_CHECKING:
+    from chatpage.model.frame import Size
     from chatpage.model.graph import Graphs
     from chatpage.model.load import LoadedModel
+
+
+Copy = Callable[[list[tuple[int, int]]], None]
+
+# A wish that takes more memory than any other.
+DEAREST = SamplingParams(
+    top_k=50, top_p=0.9, min_p=0.1, repetition_penalty=1.1, presence_penalty=0.1, logit_bias=((0, 1.0),), logprobs=20
+)
 
 
 class Launched(Protocol):
@@ -54,7 +63,8 @@ class ModelRunner:
         self.overlaps = loaded.device.type == "cuda"
         self._forward = loaded.forward
         self._attention: Callable[[KVPool, Batch], Attention] = ReferenceAttention
-        self._copy = self.pool.copy_blocks
+        self._copier: Callable[[KVPool], Copy] = lambda pool: pool.copy_blocks
+        self._copy = self._copier(self.pool)
         self._last = LastTokens(max_rows, loaded.device)
         self._graphs: Graphs | None = None
 
@@ -73,7 +83,8 @@ class ModelRunner:
         for forward in forwards:
             if attends_alike(loaded.module, forward, loaded.layers, PagedAttention):
                 self._forward, self._attention = forward, PagedAttention
-                self._copy = BlockCopier(self.pool.tensors).copy
+                self._copier = lambda pool: BlockCopier(pool.tensors).copy
+                self._copy = self._copier(self.pool)
                 return
         raise ModelError("the kernels give other logits than plain PyTorch")
 
@@ -88,20 +99,67 @@ class ModelRunner:
         Raises:
             RuntimeError: the model does something that cannot be recorded.
         """
+        from chatpage.model.frame import sizes
+
+        self._graphs = self._record(sizes(len(self._last.tokens), max_tokens), max_blocks, say)
+
+    def _record(self, wanted: "list[Size]", max_blocks: int, say: Callable[[str], None]) -> "Graphs":
         from chatpage.model.graph import Graphs
         from chatpage.model.paged import kinds_of
 
-        self._graphs = Graphs(
+        return Graphs(
             self._forward,
             self.pool,
             self._last,
             kinds_of(self._forward, self.pool),
+            wanted,
             vocabulary=self.loaded.vocab_size,
             max_rows=len(self._last.tokens),
-            max_tokens=max_tokens,
             max_blocks=max_blocks,
             say=say,
         )
+
+    # -- memory ---------------------------------------------------------------------------------------------------
+
+    def resize(self, num_blocks: int) -> None:
+        """Have another pool, whose blocks are empty. What was recorded over the old one is forgotten.
+
+        Raises:
+            RuntimeError, MemoryError: it does not fit into memory; there is none then.
+        """
+        old, self._graphs = self.pool, None
+        layers, block_size, device, dtype = self.loaded.layers, old.block_size, self.loaded.device, self.loaded.dtype
+        del old, self.pool, self._copy  # the memory is needed for the new one
+        self.pool = KVPool(layers, num_blocks, block_size, device, dtype)
+        self._copy = self._copier(self.pool)
+
+    def measure_step(self, *, max_tokens: int, max_context: int, recorded: bool) -> int:
+        """Bytes that the largest step takes besides the pool: it runs once. On a CPU nothing runs, and nothing counts.
+
+        Args:
+            max_tokens: of a step.
+            max_context: of a row.
+            recorded: as a graph. The kernels must be in use.
+
+        Raises:
+            torch.OutOfMemoryError: there is not so much.
+            RuntimeError: the model does something that cannot be recorded.
+        """
+        device, rows = self.loaded.device, len(self._last.tokens)
+        if device.type != "cuda":
+            return 0
+        try:
+            if recorded:
+                from chatpage.model.frame import largest
+
+                max_context = min(max_context, max_tokens)  # the kernels take no more memory for longer ones
+                max_blocks = -(-max_context // self.pool.block_size)
+                self._graphs = self._record(largest(rows, max_tokens), max_blocks, lambda detail: None)
+            self.run(largest_step(rows, max_tokens, max_context, self.pool.block_size))
+            left = torch.cuda.mem_get_info(device)[0]
+        finally:
+            self._graphs = None
+        return max(0, free_memory(device) - left)
 
     @torch.inference_mode()
     def copy(self, pairs: list[tuple[int, int]]) -> None:
@@ -151,3 +209,21 @@ class ModelRunner:
             raise RuntimeError("The model computes nothing any more.") from error
         if drawn.error:
             raise RuntimeError("The model computes nothing any more.")
+
+
+def largest_step(max_rows: int, max_tokens: int, max_context: int, block_size: int) -> list[Row]:
+    """A step of as many rows and tokens as there may be, as far as contexts are long enough.
+
+    It reads the null block, and keeps nothing.
+    """
+    rows = min(max_rows, max_tokens)
+    lengths, spare = [1] * rows, max_tokens - rows
+    for i in range(rows):
+        lengths[i] += min(spare, max_context - 1)
+        spare -= lengths[i] - 1
+    table = [0] * -(-max_context // block_size)
+    draw = Draw(DEAREST, seed=0, choice=0, position=max_context, tokens=[0, 0], prompt_length=1)
+    starts = [max_context - length if length > 1 else 0 for length in lengths]
+    return [
+        Row([0] * length, start, table, store=False, sample=draw) for length, start in zip(lengths, starts, strict=True)
+    ]
