@@ -7,6 +7,7 @@
 Tables never change for tokens that are there, except when a write needs a copy of the last block.
 """
 
+from array import array
 from collections.abc import Hashable, Sequence
 
 from chatpage.cache.pool import BlockPool
@@ -28,7 +29,7 @@ class BlockTable:
         self.sequence = sequence
         self.domain = domain
         self.system_tokens = system_tokens
-        self.blocks: list[int] = []
+        self.blocks = array("i")  # as the kernels read it
         self.length = 0
         # The node of the last full block whose content is in the tree, and how many full blocks that is.
         self._node: Node = pool.tree.root
@@ -85,7 +86,7 @@ class BlockTable:
             fresh = pool.allocate(self.sequence, wanted, "append")
             if writes_last and pool.node[self.blocks[-1]] is not None:
                 pool.unpublish(self.blocks[-1], "written by its sole holder")
-        self.blocks += fresh
+        self.blocks.extend(fresh)
         self._write(count)
         return copied
 

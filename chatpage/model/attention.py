@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from chatpage.errors import ModelError
-from chatpage.model.batch import Batch
+from chatpage.model.batch import Inputs
 
 # Not a name with "flash" in it, or of the form "org/name": transformers takes those for kernels that it must load.
 NAME = "chatpage"
@@ -117,7 +117,7 @@ def attend(
 AttentionInterface.register(NAME, attend)
 
 
-def forward(module: PreTrainedModel, batch: Batch, attention: Attention) -> Tensor:
+def forward(module: PreTrainedModel, batch: Inputs, attention: Attention) -> Tensor:
     """Run the model on the batch: logits (draws, vocabulary) of the sampled tokens. Called in inference mode."""
     with attending(attention):
         return logits_at(module, batch.token_ids[None], batch.positions[None], batch.sampled)[0]

@@ -12,7 +12,7 @@ contexts                 6 | 3
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Logprob
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """A wish for the token at `position`. The same logits, params, seed, choice and position give the same token.
 
     Attributes:
@@ -69,7 +68,7 @@ class Row:
 
     tokens: list[int]
     start: int
-    table: list[int]
+    table: Sequence[int]
     store: bool = True
     sample: Draw | None = None
     source: int | None = None
@@ -85,6 +84,17 @@ class Row:
             return [-1] * len(self.tokens)
         positions = range(self.start, self.context)
         return [self.table[p // block_size] * block_size + p % block_size for p in positions]
+
+
+class Inputs(Protocol):
+    """What of a step enters the model itself: see `Batch`."""
+
+    @property
+    def token_ids(self) -> Tensor: ...
+    @property
+    def positions(self) -> Tensor: ...
+    @property
+    def sampled(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +152,7 @@ class Batch:
             slots=flat([slot for row in ordered for slot in row.slots(block_size)]),
             query_starts=flat(starts),
             contexts=flat([row.context for row in ordered]),
-            tables=flat([row.table[:widest] + [0] * (widest - len(row.table)) for row in ordered]),
+            tables=flat([[*row.table[:widest], *[0] * (widest - len(row.table))] for row in ordered]),
             sampled=flat([end - 1 for end in starts[1:]]),
             draws=[row.sample for row in ordered],
         )

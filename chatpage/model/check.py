@@ -22,7 +22,7 @@ from transformers.masking_utils import eager_mask
 
 from chatpage.errors import ModelError
 from chatpage.model.attention import NAME, Attention, AttentionCall, attending, forward, logits_at
-from chatpage.model.batch import Batch, Draw, Row
+from chatpage.model.batch import Batch, Draw, Inputs, Row
 from chatpage.model.kv import KVPool, LayerShape
 from chatpage.model.reference import ReferenceAttention
 from chatpage.schedule.params import SamplingParams
@@ -41,7 +41,7 @@ DECODES = 3
 ROUNDING = 2.0
 NEGLIGIBLE = 1e-4
 
-Forward = Callable[[Batch, Attention], Tensor]  # logits (rows, vocabulary) of each row's last token
+Forward = Callable[[Inputs, Attention], Tensor]  # logits (rows, vocabulary) of each row's last token
 
 # Asks for a row's logits; nothing is drawn here.
 _ANY_DRAW = Draw(SamplingParams(temperature=0), seed=0, choice=0, position=0)

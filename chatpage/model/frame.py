@@ -7,9 +7,10 @@ What a step leaves empty does nothing: a token without a slot, a task without ke
 the null block, so that no row is ever undefined.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 
 import numpy as np
 
@@ -58,7 +59,7 @@ class Size:
 
 
 def sizes(max_rows: int, max_tokens: int) -> list[Size]:
-    """Those that are recorded."""
+    """Those that are recorded: of each form the smaller ones first."""
     decodes = [*(rows for rows in DECODES if rows < max_rows), max_rows]
     tokens = [*(tokens for tokens in TOKENS if tokens < max_tokens), max_tokens]
     forms = (Form.ALONE, Form.SPLIT, Form.SHARED)
@@ -148,6 +149,7 @@ class Frame:
         numbers: Ints,
         rows: Sequence[Row],
         sources: Sequence[int],
+        starts: Sequence[int],
         tables: Ints,
         plans: Mapping[Kind, Plan],
         block_size: int,
@@ -157,23 +159,29 @@ class Frame:
         Args:
             rows: decodes first.
             sources: of each row, −1 or a row of the step before.
+            starts: where in `tables` each row's block table begins.
             tables: the rows' block tables, the null block first.
             plans: for `size.decodes` rows.
         """
         numbers[: self.tables] = 0
-        token_ids = [token for row in rows for token in row.tokens]
+        lengths = _ints(len(row.tokens) for row in rows)
+        ends = np.cumsum(lengths)
+        firsts = ends - lengths
+        token_ids = _ints(chain.from_iterable(row.tokens for row in rows))
         count = len(token_ids)
+        owners = np.repeat(np.arange(len(rows)), lengths)
+        positions = np.arange(count) + (_ints(row.start for row in rows) - firsts)[owners]
+        blocks = tables[_ints(starts)[owners] + positions // block_size]
+        stores = np.array([row.store for row in rows], dtype=bool)[owners]
         self.token_ids.of(numbers)[:count] = token_ids
-        self.positions.of(numbers)[:count] = [at for row in rows for at in range(row.start, row.context)]
+        self.positions.of(numbers)[:count] = positions
         slots = self.slots.of(numbers)
         slots[:] = -1
-        slots[:count] = [slot for row in rows for slot in row.slots(block_size)]
-        lengths = np.array([len(row.tokens) for row in rows], dtype=np.int32)
-        ends = np.cumsum(lengths)
+        slots[:count] = np.where(stores, blocks * block_size + positions % block_size, -1)
         self.sampled.of(numbers)[: len(rows)] = ends - 1
         drawn = self.sources.of(numbers)
         drawn[:] = -1
-        drawn[ends - lengths] = sources  # a row whose token is drawn has one token
+        drawn[firsts] = sources  # a row whose token is drawn has one token
         for kind, plan in plans.items():
             self._fill_plan(numbers, self.plans[kind], plan)
         numbers[self.tables : self.tables + len(tables)] = tables
@@ -198,3 +206,7 @@ class Frame:
         own[:, 0], own[:, 2] = missing, 1
         notes = places.rows.of(numbers)[rows:]
         notes[:, 0], notes[:, 1] = tasks + missing - rows, 1
+
+
+def _ints(numbers: Iterable[int]) -> Ints:
+    return np.fromiter(numbers, dtype=np.int32)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from chatpage.model.attention import Attention, AttentionCall
-from chatpage.model.batch import Batch
+from chatpage.model.batch import Inputs
 from chatpage.model.product import Product
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -57,7 +57,7 @@ class FusedModel:
         for product in (self.head, *(product for layer in self.layers for product in layer.products)):
             product.pack(keep=self.embedding.weight)
 
-    def forward(self, batch: Batch, attention: Attention) -> Tensor:
+    def forward(self, batch: Inputs, attention: Attention) -> Tensor:
         """Logits (rows, vocabulary) of each row's last token. Called in inference mode."""
         hidden = self.embedding(batch.token_ids)
         rotation = self.rotation(hidden, batch.positions)

@@ -10,7 +10,7 @@ from chatpage.kernels.gate import gate
 from chatpage.kernels.norm import add_and_norm
 from chatpage.kernels.rotate import Turn
 from chatpage.model.attention import Attention
-from chatpage.model.batch import Batch
+from chatpage.model.batch import Inputs
 from chatpage.model.fused import FusedModel, GatedProduct, Layer
 from chatpage.model.paged import KernelAttention
 
@@ -25,7 +25,7 @@ class KernelModel:
     def __init__(self, fused: FusedModel) -> None:
         self._fused = fused
 
-    def forward(self, batch: Batch, attention: Attention) -> Tensor:
+    def forward(self, batch: Inputs, attention: Attention) -> Tensor:
         """Logits (rows, vocabulary) of each row's last token. Called in inference mode."""
         fused = self._fused
         hidden, more = fused.embedding(batch.token_ids), None

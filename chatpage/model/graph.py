@@ -8,7 +8,6 @@ device memory each time. So a step needs no more than the smallest graph that ha
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from chatpage.kernels.merge import FEW
 from chatpage.kernels.prefill import queries_per_task
-from chatpage.model.batch import Batch, Row
+from chatpage.model.batch import Row
 from chatpage.model.check import Forward
 from chatpage.model.frame import Form, Frame, Size
 from chatpage.model.kv import KVPool
@@ -29,8 +28,8 @@ IN_FLIGHT = 2  # frames that may be on their way to the device
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
-    """What enters the model (see `chatpage.model.batch.Batch`)."""
+class RecordedInputs:
+    """See `chatpage.model.batch.Inputs`."""
 
     token_ids: Tensor
     positions: Tensor
@@ -104,7 +103,7 @@ class Graphs:
         for size in sorted(self._frames, key=lambda size: size.tokens, reverse=True):
             say(f"Recording steps: {len(graphs)} of {len(self._frames)}")
             frame = self._frames[size]
-            self._upload(size, [], np.zeros(1, dtype=np.int32), {kind: Plan.empty() for kind in self._kinds})
+            self._upload(size, [], [], np.zeros(1, dtype=np.int32), {kind: Plan.empty() for kind in self._kinds})
             self._run(frame)  # compiles what is not compiled yet
             torch.cuda.synchronize()
             graphs[size] = torch.cuda.CUDAGraph()
@@ -115,14 +114,14 @@ class Graphs:
     def _run(self, frame: Frame) -> None:
         numbers, rows = self._numbers, frame.size.rows
         sources = frame.sources.of(numbers)
-        inputs = Inputs(
+        inputs = RecordedInputs(
             token_ids=self._last.at(sources).where(sources >= 0, frame.token_ids.of(numbers).long()),
             positions=frame.positions.of(numbers).long(),
             sampled=frame.sampled.of(numbers).long(),
         )
         plans = {kind: self._device_plan(frame, kind) for kind in self._kinds}
         attention = KernelAttention(self.pool, frame.slots.of(numbers), plans.__getitem__)
-        logits = self._forward(cast(Batch, inputs), attention)
+        logits = self._forward(inputs, attention)
         self._logits[:rows].copy_(logits)
         self._last.tokens[:rows].copy_(tokens_of_largest(logits))
 
@@ -142,16 +141,15 @@ class Graphs:
 
     # -- replaying ------------------------------------------------------------------------------------------------
 
-    def fits(self, rows: list[Row]) -> bool:
-        """Whether there is a graph with room for these rows."""
-        return self._smallest(rows) is not None
-
     @torch.inference_mode()
-    def launch(self, rows: list[Row]) -> InOrder:
-        """Begin to compute rows that fit."""
+    def launch(self, rows: list[Row]) -> InOrder | None:
+        """Begin to compute these rows, if there is a graph with room for them."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))  # decodes first
         ordered = [rows[i] for i in order]
-        size = self._fill_and_upload(ordered)
+        size = self._smallest(ordered)
+        if size is None:
+            return None
+        size = self._fill_and_upload(size, ordered)
         self._graphs[size].replay()
         draws = [row.sample for row in ordered]
         sampled = begin_sampling(self._logits[: len(rows)], draws, self._last.tokens[: len(rows)])
@@ -162,13 +160,11 @@ class Graphs:
         """The smallest size, of any form, with room for these rows."""
         tokens = sum(len(row.tokens) for row in rows)
         form = Form.MIXED if tokens > len(rows) else Form.SPLIT
-        fitting = [s for s in self._frames if s.form is form and s.rows >= len(rows) and s.tokens >= tokens]
-        return min(fitting, key=lambda size: size.tokens, default=None)
+        fitting = (s for s in self._frames if s.form is form and s.rows >= len(rows) and s.tokens >= tokens)
+        return next(fitting, None)
 
-    def _fill_and_upload(self, rows: list[Row]) -> Size:
-        """Bring the numbers of a step, decodes first, to where its graph reads them; says which graph that is."""
-        size = self._smallest(rows)
-        assert size is not None, "there is no graph for these rows"
+    def _fill_and_upload(self, size: Size, rows: list[Row]) -> Size:
+        """Bring the numbers of a step, decodes first, to where a graph reads them; says which form of that size."""
         starts, tables = flat_tables(rows, self.pool.block_size)
         groups = find_sharing(rows, self.pool.block_size)
         plans = {
@@ -185,15 +181,17 @@ class Graphs:
         }
         if size.form is not Form.MIXED:
             size = replace(size, form=_form(plans.values()))
-        self._upload(size, rows, tables, plans)
+        self._upload(size, rows, starts, tables, plans)
         return size
 
-    def _upload(self, size: Size, rows: Sequence[Row], tables: Ints, plans: Mapping[Kind, Plan]) -> None:
+    def _upload(
+        self, size: Size, rows: Sequence[Row], starts: Sequence[int], tables: Ints, plans: Mapping[Kind, Plan]
+    ) -> None:
         buffer = self._buffers[0]
         self._buffers.append(self._buffers.pop(0))
         buffer.wait()
         sources = self._last.sources(rows)
-        length = self._frames[size].fill(buffer.numbers, rows, sources, tables, plans, self.pool.block_size)
+        length = self._frames[size].fill(buffer.numbers, rows, sources, starts, tables, plans, self.pool.block_size)
         buffer.upload(self._numbers, length)
 
 

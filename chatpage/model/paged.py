@@ -239,12 +239,12 @@ def kinds_of(compute: Forward, pool: KVPool) -> list[Kind]:
 
 def flat_tables(rows: Sequence[Row], block_size: int) -> tuple[list[int], Ints]:
     """The blocks that each row needs, one table behind the other, and where each begins. The null block comes first."""
-    flat = [0]
+    flat = array("i", [0])
     starts = []
     for row in rows:
         starts.append(len(flat))
-        flat += row.table[: -(-row.context // block_size)]
-    return starts, np.frombuffer(array("i", flat), dtype=np.int32)  # half the time of np.array
+        flat.extend(row.table[: -(-row.context // block_size)])
+    return starts, np.frombuffer(flat, dtype=np.int32)
 
 
 def processors(device: torch.device) -> int:

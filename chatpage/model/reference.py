@@ -10,6 +10,7 @@ blocks for itself, and one softmax goes over both.
     row 1   table [3, 4, 7, 2]                       own [7, 2]
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -271,10 +272,10 @@ def _reach(group: Group, batch: Batch, window: int | None) -> Reach:
     return Reach(slots, inside[:, None, None], common)
 
 
-def _slots(table: list[int], begin: int, end: int, block_size: int, device: torch.device) -> Tensor | slice:
+def _slots(table: Sequence[int], begin: int, end: int, block_size: int, device: torch.device) -> Tensor | slice:
     """Slots of the positions begin … end − 1 of one row; a slice where they lie side by side."""
     first, last = begin // block_size, (end - 1) // block_size
-    blocks = table[first : last + 1]
+    blocks = list(table[first : last + 1])
     offset = begin - first * block_size
     if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
         start = blocks[0] * block_size + offset

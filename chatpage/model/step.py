@@ -168,9 +168,8 @@ class ModelRunner:
 
     def launch(self, rows: list[Row]) -> Launched:
         """Begin to run at least one row, after all that was launched or copied before."""
-        if self._graphs and self._graphs.fits(rows):
-            return self._graphs.launch(rows)
-        return self._launch(rows)
+        launched = self._graphs.launch(rows) if self._graphs else None
+        return launched or self._launch(rows)
 
     @torch.inference_mode()
     def _launch(self, rows: list[Row]) -> InOrder:

@@ -1,7 +1,7 @@
 """What is asked of the engine, and what it hands back step by step."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from chatpage.schedule.params import SamplingParams
 
@@ -47,8 +47,7 @@ class Logprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What happened to one request since the last delta. A reader that is slow gets several merged into one.
 
     Attributes:

@@ -349,7 +349,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert (list(shown.ref), list(shown.fill), list(shown.state)) == (pool.ref, pool.fill, states)
         assert {name: system.table for name, system in shown.system.items()} == self.pinned
         tables = {s.id: (s.table, s.tokens) for session in shown.sessions.values() for s in session.sequences.values()}
-        assert tables == {s.id: (s.table.blocks, len(s.tokens)) for s in self.live.values()}
+        assert tables == {s.id: (list(s.table.blocks), len(s.tokens)) for s in self.live.values()}
 
     def counts_are_right(self) -> None:
         counts, counters = self.snapshot.counts(), self.snapshot.counters

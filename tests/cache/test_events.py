@@ -132,7 +132,7 @@ def test_replay_gives_the_pool(story: tuple[Cache, Snapshot, list[Event]]) -> No
     counts = snapshot.counts()
     assert (counts["free"], counts["idle"], counts["pinned"]) == (pool.free, pool.idle, 2)
     assert counts["free"] + counts["idle"] + counts["used"] == 7
-    assert snapshot.sessions[101].sequences[2].table == cache.tables[1].blocks
+    assert snapshot.sessions[101].sequences[2].table == list(cache.tables[1].blocks)
     assert snapshot.counters["copied"] == cache.kinds("copy") > 0
     assert snapshot.counters["hit_tokens"] == 6
     assert snapshot.counters["preempted"] == 1

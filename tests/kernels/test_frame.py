@@ -77,7 +77,7 @@ def test_frames_have_room_for_every_plan(seed: int) -> None:
         if size.form is Form.ALONE and any(plan.most_states > 1 for plan in plans.values()):
             continue
         numbers = np.full(frame.tables + len(tables), 7, dtype=np.int32)
-        assert frame.fill(numbers, rows, [-1] * len(rows), tables, plans, 16) == len(numbers)
+        assert frame.fill(numbers, rows, [-1] * len(rows), starts, tables, plans, 16) == len(numbers)
         for kind, plan in plans.items():
             own, notes = frame.plans[kind].own.of(numbers), frame.plans[kind].rows.of(numbers)
             assert (own[: len(plan.own)] == plan.own).all()

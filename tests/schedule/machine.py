@@ -252,12 +252,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         for block in suspects:
             assert self.pool.node[block] is None, f"block {block} of a failed turn can be found"
             assert self.pool.ref[block] == 0, f"block {block} of a failed turn is held"
-        assert (sequence.state, sequence.table.blocks, sequence.session.served) == ("done", [], served)
+        assert (sequence.state, list(sequence.table.blocks), sequence.session.served) == ("done", [], served)
         hit = {number for number, blocks in others.items() if suspects.intersection(blocks)}
         assert {s.id for s in returned} == hit, "not those are preempted who held one of its blocks"
         assert {s.id for s in self.scheduler.running} == set(others) - hit
         assert all(s.state == "preempted" and not s.table.blocks for s in returned)
-        assert all(self.known[number].table.blocks == others[number] for number in set(others) - hit)
+        assert all(list(self.known[number].table.blocks) == others[number] for number in set(others) - hit)
         lost = {number for number, blocks in rested.items() if suspects.intersection(blocks)}
         assert {s.id for s in self.rested()} == set(rested) - lost, "not those were woken who held one of its blocks"
 
@@ -278,7 +278,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             last = session.resting
             assert last is not None
             self.scheduler.wake(session, "the session expired")
-            assert (session.resting, last.state, last.table.blocks) == (None, "done", [])
+            assert (session.resting, last.state, list(last.table.blocks)) == (None, "done", [])
 
     @rule(visitor=WHO, domain=st.sampled_from("abcd"), keeps=st.booleans())
     def change_domain(self, visitor: int, domain: str, keeps: bool) -> None:
@@ -475,8 +475,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert s.computed + written == s.table.length <= len(s.tokens), "slots that nothing is written in"
             assert s.pending == (ahead is not None and ahead.draws)
             assert s.is_in_flight == (ahead is not None)
-        assert all((s.state, s.table.blocks, s.computed) == ("preempted", [], 0) for s in scheduler.preempted)
-        assert all((s.state, s.table.blocks) == ("queued", []) for s in scheduler.waiting)
+        assert all((s.state, list(s.table.blocks), s.computed) == ("preempted", [], 0) for s in scheduler.preempted)
+        assert all((s.state, list(s.table.blocks)) == ("queued", []) for s in scheduler.waiting)
         for session in scheduler.resting:
             assert session.keeps
             assert session.resting is not None
@@ -497,7 +497,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert (list(view.ref), list(view.fill), list(view.state)) == (pool.ref, pool.fill, states)
         there = {s.id: s for s in (*self.live(), *self.rested())}
         shown = {s.id: (s.table, s.tokens) for session in view.sessions.values() for s in session.sequences.values()}
-        assert shown == {number: (s.table.blocks, s.table.length) for number, s in there.items()}
+        assert shown == {number: (list(s.table.blocks), s.table.length) for number, s in there.items()}
         latest = {s.session.id: s.state for s in (*self.rested(), *self.live())}
         assert {session.id: session.state for session in view.sessions.values()} == latest
 

@@ -142,7 +142,7 @@ def test_the_newest_is_preempted_and_comes_back_before_all_who_wait() -> None:
     step = desk.step()
     assert [chunk.sequence for chunk in step.chunks] == [first, second]
     assert step.preempted == [third]
-    assert (third.table.blocks, third.computed, third.state) == ([], 0, "preempted")
+    assert (list(third.table.blocks), third.computed, third.state) == ([], 0, "preempted")
     while first.state != "resting":
         desk.step()
         assert late.state == "queued"
