@@ -83,7 +83,7 @@ class BlockTable:
             target, *fresh = pool.allocate(self.sequence, [last, *wanted], "copy-on-write")
             copied = (self._replace_last(target), target)
         else:
-            fresh = pool.allocate(self.sequence, wanted, "append")
+            fresh = pool.allocate(self.sequence, wanted, "append") if wanted else ()
             if writes_last and pool.node[self.blocks[-1]] is not None:
                 pool.unpublish(self.blocks[-1], "written by its sole holder")
         self.blocks.extend(fresh)
