@@ -23,15 +23,15 @@ from chatpage.cache.pool import BlockPool
 from chatpage.errors import ModelError, RequestError, SettingError
 from chatpage.events import Event, EventLog, Snapshot
 from chatpage.model.batch import Draw, Drawn, Row
-from chatpage.model.kv import affordable_blocks, bytes_per_block, free_memory, num_blocks_for
 from chatpage.model.load import load
-from chatpage.model.step import Launched, ModelRunner
+from chatpage.model.step import Launched
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Delta, FinishReason, Logprob, Prompt, Request, TurnState
 from chatpage.schedule.scheduler import Chunk, Scheduler, Step
 from chatpage.schedule.sequence import Sequence
 from chatpage.schedule.session import Session
 from chatpage.settings import Settings
+from chatpage.startup import Startup
 from chatpage.stream import Stream
 from chatpage.text.answer import Answer
 from chatpage.text.template import ChatTemplate
@@ -121,8 +121,12 @@ class Core:
         self.stop_token_ids = self.loaded.stop_token_ids
         self.template = ChatTemplate(self.tokenizer)
         self.token_text = lru_cache(maxsize=65_536)(lambda token: self.tokenizer.decode([token]))
-        self.max_model_len, self.runner = self._size()
-        self._speed_up(say)
+        texts = settings.system_prompt or [self._default_system_prompt()]
+        systems = [self._system_prompt(number, text) for number, text in enumerate(texts, 1)]
+        longest = max(len(system.tokens) for system in systems)
+        started = Startup(self.loaded, settings, say, shortest=longest + 2)
+        self.runner, self.max_model_len = started.runner, started.max_model_len
+        self.notes += started.notes
         self._events: list[Event] = []  # since they were handed out last
         events = EventLog()
         events.listeners.append(self._events.append)
@@ -145,69 +149,7 @@ class Core:
         if settings.trace:
             self.add_listener(Trace(settings.trace, sharing=self.sharing))
         say("Computing the system prompt")
-        texts = settings.system_prompt or [self._default_system_prompt()]
-        self.systems = [self._compute_system_prompt(number, text) for number, text in enumerate(texts, 1)]
-
-    def _size(self) -> tuple[int, ModelRunner]:
-        """The longest context, and the model with a pool of the size that the settings and the memory allow."""
-        loaded, settings = self.loaded, self.settings
-        block_bytes = bytes_per_block(loaded.layers, settings.block_size, loaded.dtype)
-        free = free_memory(loaded.device)
-        longest = settings.max_model_len or loaded.max_positions
-        if longest > loaded.max_positions:
-            raise SettingError(
-                f"--max-model-len is {longest}, but this model's contexts end at {loaded.max_positions} tokens."
-            )
-        fits = affordable_blocks(free, settings.kv_memory, block_bytes) * settings.block_size
-        if settings.max_model_len is None and settings.kv_blocks is None and 0 < fits < longest:
-            self.notes.append(
-                f"Contexts end at {fits} tokens: the free memory holds no more (the model knows {longest})."
-            )
-            longest = fits
-        num_blocks = num_blocks_for(
-            free_bytes=free,
-            share=settings.kv_memory,
-            bytes_per_block=block_bytes,
-            kv_blocks=settings.kv_blocks,
-            max_model_len=longest,
-            max_sequences=settings.max_sequences,
-            block_size=settings.block_size,
-            on_cpu=loaded.device.type == "cpu",
-        )
-        try:
-            return longest, ModelRunner(
-                loaded, num_blocks=num_blocks, block_size=settings.block_size, max_rows=settings.max_sequences
-            )
-        except (RuntimeError, MemoryError) as error:  # what torch raises for an allocation that fails
-            raise SettingError(
-                f"--kv-blocks is {num_blocks}, but blocks of {block_bytes} bytes each do not fit into memory; "
-                f"the free memory holds {max(0, free // block_bytes - 1)}."
-            ) from error
-
-    def _speed_up(self, say: Callable[[str], None]) -> None:
-        """Attend by kernels and replay recorded steps, where there is a GPU that can."""
-        wish, settings = self.settings.attention, self.settings
-        if wish == "reference":
-            return
-        if self.loaded.device.type != "cuda":
-            if wish == "triton":
-                raise SettingError("--attention is triton, which needs a CUDA GPU; use auto or reference.")
-            return
-        say("Compiling the attention kernels")
-        try:
-            self.runner.use_kernels()
-        except Exception as error:
-            log.info("The kernels do not work here", exc_info=True)
-            if wish == "triton":
-                raise SettingError(f"--attention is triton, but {_sentence(error)}; use auto or reference.") from error
-            self.notes.append(f"Attention is computed by plain PyTorch, which is slow: {_sentence(error)}.")
-            return
-        max_blocks = -(-self.max_model_len // settings.block_size)
-        try:
-            self.runner.record_steps(max_tokens=settings.max_step_tokens, max_blocks=max_blocks, say=say)
-        except Exception as error:
-            log.info("Steps cannot be recorded", exc_info=True)
-            self.notes.append(f"This model's steps cannot be recorded as graphs, so they are slow: {_sentence(error)}.")
+        self.systems = [self._compute_system_prompt(number, system) for number, system in enumerate(systems, 1)]
 
     # -- system prompts -------------------------------------------------------------------------------------------
 
@@ -221,10 +163,12 @@ class Core:
             return ""
         return text
 
-    def _compute_system_prompt(self, number: int, text: str) -> SystemPrompt:
-        """Compute a system prompt once, and pin it, so that no session computes it again."""
+    def _system_prompt(self, number: int, text: str) -> SystemPrompt:
         name = "default" if number == 1 else f"system prompt {number}"
-        system = SystemPrompt(name, text, tuple(self.template.system_prefix(text)))
+        return SystemPrompt(name, text, tuple(self.template.system_prefix(text)))
+
+    def _compute_system_prompt(self, number: int, system: SystemPrompt) -> SystemPrompt:
+        """Compute a system prompt once, and pin it, so that no session computes it again."""
         if len(system.tokens) + 1 >= self.max_model_len:
             raise SettingError(
                 f"--system-prompt number {number} has {len(system.tokens)} tokens; it must leave room for a "
@@ -241,10 +185,7 @@ class Core:
         while sequence.computed < len(sequence.tokens):
             step = self.scheduler.schedule()
             if step.exhausted:
-                raise SettingError(
-                    f"--kv-blocks is {self.pool.num_blocks}, but the system prompts need more: allow more, or shorten "
-                    "or leave out a --system-prompt."
-                )
+                raise self._too_many_system_prompts()
             self._flight = self._launch(step)
             self.settle()
         sequence.table.publish(sequence.tokens, sequence.computed, tail=True)
@@ -252,6 +193,14 @@ class Core:
             self.pool.pin(block, logical=logical, at=len(system.tokens), name=system.name)
         self.scheduler.end(sequence, "the system prompt is computed")
         self._hand_out_events()
+
+    def _too_many_system_prompts(self) -> SettingError:
+        texts, size = self.settings.system_prompt, self.pool.block_size
+        needed = 1 + sum(-(-len(self.template.system_prefix(text)) // size) for text in texts)  # one is for a question
+        return SettingError(
+            f"--system-prompt is given {len(texts)} times, and --kv-blocks is {self.pool.num_blocks}, which is too few "
+            f"for that: use --kv-blocks {needed}, or shorten or leave out a --system-prompt."
+        )
 
     # -- turns ----------------------------------------------------------------------------------------------------
 
@@ -574,8 +523,3 @@ class Core:
             except Exception:  # a full disk or a closed event loop is no reason to end anybody's answer
                 log.exception("A listener failed; it hears no more")
                 self._listeners.remove(listener)
-
-
-def _sentence(error: Exception) -> str:
-    """The first line of what it says, to be part of a sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -85,7 +85,9 @@ class Settings(BaseSettings):
         ge=1,
         description="Blocks in the pool; left out, what the sequences can fill, as far as --kv-memory allows.",
     )
-    kv_memory: float = Field(0.85, gt=0, le=1, description="Share of the free memory that the pool may take.")
+    kv_memory: float = Field(
+        0.85, gt=0, le=1, description="Share for the pool of the memory that the model and its largest step leave free."
+    )
     max_model_len: int | None = Field(
         None, ge=2, description="Longest prompt and answer together, in tokens; left out, the model's own limit."
     )

@@ -9,7 +9,8 @@ Block 0 is the null block: what must not be kept is written there, and nobody re
 import math
 import mmap
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -94,46 +95,131 @@ def bytes_per_block(layers: tuple[LayerShape, ...], block_size: int, dtype: torc
     return block_size * numbers * dtype.itemsize
 
 
-def affordable_blocks(free_bytes: int, share: float, bytes_per_block: int) -> int:
-    """How many blocks, besides the null block, a share of the free memory holds."""
-    return int(free_bytes * share) // bytes_per_block - 1
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How many blocks there is memory for, and what would hold others.
+
+        free   ┌ largest step ┬ blocks, the null block too: a share of the rest ┬ left alone ┐
+
+    Attributes:
+        free: bytes, while there is no pool.
+        step: bytes of them that the largest step takes.
+        share: of the rest, for the pool.
+        bytes_per_block: in all layers.
+    """
+
+    free: int
+    step: int
+    share: float
+    bytes_per_block: int
+
+    @property
+    def rest(self) -> int:
+        """Bytes that the largest step leaves."""
+        return max(0, self.free - self.step)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks fit, the null block left out."""
+        return max(0, int(self.rest * _exact(self.share)) // self.bytes_per_block - 1)
+
+    @property
+    def most(self) -> int:
+        """How many blocks would fit if the pool took all of the rest."""
+        return replace(self, share=1.0).blocks
+
+    def bytes_for(self, blocks: int) -> int:
+        """The least free memory that holds so many blocks."""
+        return self.step + math.ceil((blocks + 1) * self.bytes_per_block / _exact(self.share))
+
+    def share_for(self, blocks: int) -> float:
+        """The least share, in hundredths, that holds so many blocks, `most` at most."""
+        return math.ceil(Fraction(100 * (blocks + 1) * self.bytes_per_block, self.rest)) / 100
+
+    def __str__(self) -> str:
+        if not self.step:
+            return f"the free {mib(self.free)}"
+        return f"the {mib(self.rest)} that the largest step leaves of {mib(self.free)}"
 
 
-def num_blocks_for(
-    *,
-    free_bytes: int,
-    share: float,
-    bytes_per_block: int,
-    kv_blocks: int | None,
-    max_model_len: int,
-    max_sequences: int,
-    block_size: int,
-    on_cpu: bool,
-) -> int:
-    """How many blocks the pool gets, the null block left out.
+def _exact(share: float) -> Fraction:
+    """The decimal number that was written."""
+    return Fraction(str(share))
 
-    The setting, if there is one; else what the share of the free memory holds, but no more than the sequences can fill.
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a pool should be like.
+
+    Attributes:
+        kv_blocks: how many blocks; None takes what there is memory for.
+        max_model_len: how many tokens a sequence can have; None takes max_positions, or what there is memory for.
+        max_positions: tokens that the model allows.
+        sequences: of full length; what more than these could fill is not taken.
+        block_size: slots in a block.
+        shortest: tokens that a sequence must be able to have for the pool to be of use.
+    """
+
+    kv_blocks: int | None
+    max_model_len: int | None
+    max_positions: int
+    sequences: int
+    block_size: int
+    shortest: int
+
+
+def size_pool(budget: Budget, wish: Wish) -> tuple[int, int]:
+    """How many blocks the pool gets, the null block left out, and how many tokens a sequence can have.
 
     Raises:
-        SettingError: one sequence of full length would not fit; the message says what would.
+        SettingError: one sequence of full length would not fit, or the blocks not into memory; the message says what
+            would.
     """
-    per_sequence = -(-max_model_len // block_size)
-    sequences = min(max_sequences, CPU_SEQUENCES) if on_cpu else max_sequences
-    affordable = affordable_blocks(free_bytes, share, bytes_per_block)
-    blocks = min(affordable, sequences * per_sequence) if kv_blocks is None else kv_blocks
-    if blocks >= per_sequence:
-        return blocks
-    shorter = f"--max-model-len {blocks * block_size}" if blocks >= 1 else "a smaller model"
-    if kv_blocks is not None:
+    longest = wish.max_model_len or wish.max_positions
+    if wish.kv_blocks is not None:
+        _require_blocks(budget, wish, wish.kv_blocks, -(-longest // wish.block_size))
+        return wish.kv_blocks, longest
+    fits = budget.blocks * wish.block_size
+    if wish.max_model_len is None and fits >= wish.shortest:
+        longest = min(longest, fits)
+    per_sequence = -(-longest // wish.block_size)
+    if budget.blocks < per_sequence:
+        shares = [f"--kv-memory {budget.share_for(per_sequence):g}"] if per_sequence <= budget.most else []
         raise SettingError(
-            f"--kv-blocks is {kv_blocks}, but one sequence of {max_model_len} tokens takes {per_sequence} blocks "
-            f"of {block_size}: set --kv-blocks to at least {per_sequence}, or use {shorter}."
+            f"--kv-memory {budget.share:g} of {budget} holds {budget.blocks} blocks, but one sequence of {longest} "
+            f"tokens takes {per_sequence} blocks ({mib((per_sequence + 1) * budget.bytes_per_block)}): free some "
+            f"memory, or use {_either(*shares, *_shorter(wish, budget.blocks))}."
         )
-    needed = (per_sequence + 1) * bytes_per_block
-    raise SettingError(
-        f"--kv-memory {share:g} of the free {_mib(free_bytes)} holds {max(blocks, 0)} blocks, but one sequence "
-        f"of {max_model_len} tokens takes {per_sequence} blocks ({_mib(needed)}): free some memory, or use {shorter}."
-    )
+    return min(budget.blocks, wish.sequences * per_sequence), longest
+
+
+def _require_blocks(budget: Budget, wish: Wish, blocks: int, per_sequence: int) -> None:
+    most = budget.most
+    if blocks > most:
+        fewer = f"--kv-blocks {most}"
+        ways = [fewer] if most >= per_sequence else [f"{fewer} with {way}" for way in _shorter(wish, most)]
+        raise SettingError(
+            f"--kv-blocks is {blocks}, but so many blocks of {budget.bytes_per_block} bytes do not fit into {budget}, "
+            f"which holds {most}: use {_either(*ways)}."
+        )
+    if blocks < per_sequence:
+        longest = wish.max_model_len or wish.max_positions
+        more = [f"--kv-blocks {per_sequence}"] if per_sequence <= most else []
+        raise SettingError(
+            f"--kv-blocks is {blocks}, but one sequence of {longest} tokens takes {per_sequence} blocks of "
+            f"{wish.block_size}: use {_either(*more, *_shorter(wish, blocks))}."
+        )
+
+
+def _shorter(wish: Wish, blocks: int) -> list[str]:
+    """The longest context that so many blocks hold, where it is long enough."""
+    length = blocks * wish.block_size
+    return [f"--max-model-len {length}"] if length >= wish.shortest else []
+
+
+def _either(*ways: str) -> str:
+    *others, last = ways or ("a smaller model",)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def free_memory(device: torch.device | str) -> int:
@@ -144,6 +230,15 @@ def free_memory(device: torch.device | str) -> int:
         return torch.cuda.mem_get_info(device)[0]
     limits = [_memory_available(), _container_memory_left()]
     return min(limit for limit in limits if limit is not None)
+
+
+def lacks_memory(error: BaseException | None) -> bool:
+    """Whether it was raised, or something on the way to it, because an allocation failed."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _memory_available() -> int:
@@ -169,5 +264,6 @@ def _container_memory_left() -> int | None:
         return None
 
 
-def _mib(count: int) -> str:
+def mib(count: int) -> str:
+    """A number of bytes, to be read."""
     return f"{count / 2**20:,.0f} MiB"

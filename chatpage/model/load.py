@@ -20,7 +20,7 @@ from chatpage.model import rope
 from chatpage.model.attention import NAME, forward
 from chatpage.model.check import Forward, NotFinite, Probe, agrees, check_keys, probe, self_check, visible, vocabulary
 from chatpage.model.fused import FusedModel, NotUsual
-from chatpage.model.kv import LayerShape
+from chatpage.model.kv import LayerShape, free_memory, lacks_memory, mib
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +87,15 @@ def load(
         if dtype == "auto" and chosen_dtype is torch.float16:
             return _load_without_bfloat16(source, chosen_device, max_model_len)
         return _load(source, chosen_device, chosen_dtype, max_model_len)
-    except ModelError as error:
-        raise ModelError(f"model {str(path)!r} cannot be used: {error}") from error
+    except Exception as error:
+        if lacks_memory(error):
+            raise ModelError(
+                f"model {str(path)!r} cannot be used: it does not fit into the memory of the device "
+                f"({mib(free_memory(chosen_device))} are free); use a smaller model, or another --device."
+            ) from None
+        if isinstance(error, ModelError):
+            raise ModelError(f"model {str(path)!r} cannot be used: {error}") from error
+        raise
 
 
 def _load_without_bfloat16(source: str, device: torch.device, max_model_len: int | None) -> LoadedModel:

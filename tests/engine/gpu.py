@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from chatpage import core
+from chatpage import core, startup
 from chatpage.model.load import LoadedModel
 from chatpage.model.step import ModelRunner
 
@@ -20,14 +20,18 @@ class FakeGPU:
 
     Attributes:
         kernels: what compiling the kernels raises.
-        recording: what recording steps raises.
-        free: bytes.
+        recording: what recording a step raises.
+        memory: bytes that are free when the model is loaded.
+        step: bytes that a step takes for each of its tokens.
+        taken: bytes that something else takes once the largest step was tried.
         log: what the engine had it do, in order.
     """
 
     kernels: Exception | None = None
     recording: Exception | None = None
-    free: int = 2**30
+    memory: int = 2**40
+    step: int = 1000
+    taken: int = 0
     log: list[str] = field(default_factory=list)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,14 +49,29 @@ class FakeGPU:
             def use_kernels(self) -> None:
                 gpu.do("kernels", gpu.kernels)
 
+            def measure_step(self, *, max_tokens: int, max_context: int, recorded: bool) -> int:
+                gpu.do(f"try {max_tokens}" + (" recorded" if recorded else ""), gpu.recording if recorded else None)
+                gpu.take(max_tokens * gpu.step)
+                return max_tokens * gpu.step
+
+            def resize(self, num_blocks: int) -> None:
+                gpu.do("pool", None)
+                gpu.memory -= gpu.taken
+                gpu.take(num_blocks * self.pool.bytes_per_block)
+                super().resize(num_blocks)
+
             def record_steps(self, *, max_tokens: int, max_blocks: int, say: Callable[[str], None]) -> None:
                 gpu.do("record", gpu.recording)
 
         monkeypatch.setattr(core, "load", load_there)
-        monkeypatch.setattr(core, "ModelRunner", Runner)
-        monkeypatch.setattr(core, "free_memory", lambda device: self.free)
+        monkeypatch.setattr(startup, "ModelRunner", Runner)
+        monkeypatch.setattr(startup, "free_memory", lambda device: self.memory)
 
     def do(self, what: str, error: Exception | None) -> None:
         self.log.append(what)
         if error:
             raise error
+
+    def take(self, count: int) -> None:
+        if count > self.memory:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {count} bytes.")

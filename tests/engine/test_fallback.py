@@ -25,20 +25,20 @@ def test_the_kernels_need_a_gpu(launch: Callable[..., Engine]) -> None:
 @pytest.mark.parametrize(
     ("gpu", "done", "note"),
     [
-        (FakeGPU(), ["kernels", "record"], None),
+        (FakeGPU(), ["kernels", "try 2048 recorded", "pool", "record"], None),
         (
             FakeGPU(kernels=BROKEN),
-            ["kernels"],
+            ["kernels", "try 2048", "pool"],
             "Attention is computed by plain PyTorch, which is slow: no compiler for sm_12.",
         ),
         (
             FakeGPU(kernels=ImportError("No module named 'triton'")),
-            ["kernels"],
+            ["kernels", "try 2048", "pool"],
             "Attention is computed by plain PyTorch, which is slow: No module named 'triton'.",
         ),
         (
             FakeGPU(recording=RuntimeError("")),
-            ["kernels", "record"],
+            ["kernels", "try 2048 recorded", "try 2048", "pool"],
             "This model's steps cannot be recorded as graphs, so they are slow: RuntimeError.",
         ),
     ],
@@ -74,5 +74,5 @@ def test_plain_attention_that_was_asked_for_tries_no_kernels(
     gpu = FakeGPU()
     gpu.install(monkeypatch)
     engine = launch(attention="reference")
-    assert (gpu.log, engine.notes) == ([], [])
+    assert (gpu.log, engine.notes) == (["try 2048", "pool"], [])
     assert answer(engine)

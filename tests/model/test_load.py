@@ -231,6 +231,15 @@ def test_weights_that_are_finite_in_no_dtype(copy):
     refused(copy, "not finite numbers in torch.float32")
 
 
+@pytest.mark.parametrize("where", ["_check_weights", "probe", "visible", "self_check"])
+def test_a_model_that_does_not_fit_into_memory(where, checkpoint, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB.")
+
+    monkeypatch.setattr(load_module, where, fail)
+    refused(checkpoint("llama"), r"it does not fit into the memory of the device \([\d,]+ MiB are free\)")
+
+
 def test_a_window_that_layers_do_not_hand_over(checkpoint):
     model = load(checkpoint("phimoe"), device="cpu")
     assert model.max_positions == 16
