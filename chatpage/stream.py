@@ -14,16 +14,15 @@ log = logging.getLogger(__name__)
 class Stream(AsyncIterator[Delta]):
     """Deltas of one request, for one reader: `async for` on an event loop, or `for` on a thread.
 
-    Nothing is lost and nothing piles up: what a slow reader has not fetched yet is one delta that grows. The last
-    delta has the state `done`, and comes however the request ends. The listener gets every delta, read or not, on the
-    engine's thread.
+    Nothing is lost: a slow reader fetches all that came meanwhile as one delta. The last delta has the state `done`,
+    and comes however the request ends. The listener gets every delta, read or not, on the engine's thread.
     """
 
     def __init__(self, cancel: Callable[[], object], listener: Callable[[Delta], None] | None = None) -> None:
         self._cancel = cancel
         self._listener = listener
         self._lock = threading.Condition()
-        self._pending: Delta | None = None
+        self._pending: list[Delta] = []
         self._finished = False
         self._read_all = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -44,7 +43,7 @@ class Stream(AsyncIterator[Delta]):
             except Exception:  # a mistake of one reader's keeps no other waiting
                 log.exception("A stream's listener failed")
         with self._lock:
-            self._pending = self._pending.then(delta) if self._pending else delta
+            self._pending.append(delta)
             self._finished = delta.state == "done"
             self._lock.notify_all()
 
@@ -61,19 +60,19 @@ class Stream(AsyncIterator[Delta]):
 
     # -- the reader's side ----------------------------------------------------------------------------------------
 
-    def _take(self) -> Delta | None:
-        delta, self._pending = self._pending, None
-        self._read_all = delta is not None and delta.state == "done"
-        return delta
+    def _take(self) -> list[Delta]:
+        deltas, self._pending = self._pending, []
+        self._read_all = bool(deltas) and deltas[-1].state == "done"
+        return deltas
 
     async def __anext__(self) -> Delta:
         self._loop = asyncio.get_running_loop()
         while not self._read_all:
             self._ready.clear()
             with self._lock:
-                delta = self._take()
-            if delta is not None:
-                return delta
+                deltas = self._take()
+            if deltas:
+                return Delta.merged(deltas)
             await self._ready.wait()
         raise StopAsyncIteration
 
@@ -83,10 +82,9 @@ class Stream(AsyncIterator[Delta]):
     def __iter__(self) -> Iterator[Delta]:
         while not self._read_all:
             with self._lock:
-                self._lock.wait_for(lambda: self._pending is not None)
-                delta = self._take()
-            assert delta is not None
-            yield delta
+                self._lock.wait_for(lambda: self._pending)
+                deltas = self._take()
+            yield Delta.merged(deltas)
 
 
 def _set_ready(streams: list[Stream]) -> None:

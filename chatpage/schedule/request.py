@@ -1,6 +1,8 @@
 """What is asked of the engine, and what it hands back step by step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal, NamedTuple
 
 from chatpage.schedule.params import SamplingParams
@@ -73,17 +75,13 @@ class Delta(NamedTuple):
     finish_reason: FinishReason | None = None
     error: str | None = None
 
-    def then(self, later: "Delta") -> "Delta":
-        """This delta and the next one as a single delta."""
-        return Delta(
-            state=later.state,
-            text=self.text + later.text,
-            tokens=self.tokens + later.tokens,
-            logprobs=self.logprobs + later.logprobs,
-            prompt_tokens=later.prompt_tokens,
-            cached_tokens=later.cached_tokens,
-            computed_tokens=later.computed_tokens,
-            completion_tokens=later.completion_tokens,
-            finish_reason=later.finish_reason,
-            error=later.error,
+    @staticmethod
+    def merged(deltas: "Sequence[Delta]") -> "Delta":
+        """Some deltas, one after the other, as a single one."""
+        if len(deltas) == 1:
+            return deltas[0]
+        return deltas[-1]._replace(
+            text="".join(delta.text for delta in deltas),
+            tokens=tuple(chain.from_iterable(delta.tokens for delta in deltas)),
+            logprobs=tuple(chain.from_iterable(delta.logprobs for delta in deltas)),
         )

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from transformers import PreTrainedTokenizerBase
 
 from chatpage.schedule.request import FinishReason
-from chatpage.text.detokenize import Detokenizer
+from chatpage.text.detokenize import detokenizer
 from chatpage.text.stop import StopStrings
 
 
@@ -28,7 +28,7 @@ class Answer:
         limit: int,
         min_tokens: int = 0,
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = detokenizer(tokenizer)
         self._stops = StopStrings(stops)
         self._stop_token_ids = stop_token_ids
         self._limit = limit

@@ -1,17 +1,59 @@
-"""Token ids to text, one at a time, never half a character."""
+"""Token ids to text, one at a time, never half a character.
 
+What `add` and `flush` return, put together, is what decoding all ids at once gives without special tokens.
+"""
+
+import codecs
 import re
 from collections.abc import Callable
 from enum import Enum
 from functools import cache, lru_cache
+from typing import Protocol, cast
 
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from chatpage.text.byte_level import bytes_of_tokens
 
 # A byte-fallback tokenizer decodes a run of these as one piece: whether its bytes are text is known when the run ends.
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 REPLACEMENT = "\ufffd"
 LONGEST_WINDOW = 12
 KEPT_WINDOW = 4
+
+
+class Detokenizer(Protocol):
+    """The text of one answer, as far as it is certain."""
+
+    def add(self, token_id: int) -> str:
+        """The text that this token makes certain, often empty."""
+        ...
+
+    def flush(self) -> str:
+        """What was held back, when no more tokens come."""
+        ...
+
+
+def detokenizer(tokenizer: PreTrainedTokenizerBase) -> Detokenizer:
+    """One for a new answer."""
+    core = _core(tokenizer)
+    return OfBytes(tokenizer) if core and isinstance(core.decoder, ByteLevel) else OfWindows(tokenizer)
+
+
+class OfBytes:
+    """For byte-level tokens: their bytes add up, and a decoder of UTF-8 keeps those of half a character."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._silent = silent_ids(tokenizer)
+        self._bytes = bytes_of_tokens(tokenizer)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token_id: int) -> str:
+        return "" if token_id in self._silent else self._decoder.decode(self._bytes(token_id))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
 
 
 class Role(Enum):
@@ -22,23 +64,19 @@ class Role(Enum):
     TEXT = 2
 
 
-class Detokenizer:
-    """The text of one answer, as far as it is certain.
+class OfWindows:
+    """For all others: a token's text depends on those before it (a leading space, the rest of a character).
 
-    What `add` and `flush` return, put together, is what decoding all ids at once gives without special tokens.
-
-    A token's text depends on those before it (a leading space, the rest of a character), so a window of the last tokens
-    is decoded again with every new one, and what was sent of it is left out.
+    A window of the last tokens is decoded again with every new one, and what was sent of it is left out.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._role = roles(tokenizer)
+        self._role = _roles(tokenizer)
         self._decode = _decoder(tokenizer)
         self._window: list[int] = []
         self._sent = 0  # characters of the window's text
 
     def add(self, token_id: int) -> str:
-        """The text that this token makes certain, often empty."""
         role = self._role(token_id)
         if role is Role.SILENT:
             return ""
@@ -55,7 +93,6 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """What was held back, when no more tokens come."""
         rest = self._decode(self._window)[self._sent :]
         self._window, self._sent = [], 0
         return rest
@@ -68,12 +105,19 @@ class Detokenizer:
             self._window, self._sent = window, len(text) - text.endswith(REPLACEMENT)
 
 
+def _core(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """What decodes ids just as transformers does, without what that does around it for every call."""
+    is_fast = isinstance(tokenizer, PreTrainedTokenizerFast)
+    is_plain = is_fast and type(tokenizer)._decode is PreTrainedTokenizerFast._decode
+    return cast(Tokenizer, tokenizer.backend_tokenizer) if is_plain else None
+
+
 @lru_cache(maxsize=8)
 def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
     """Ids to text without special tokens."""
-    is_fast = isinstance(tokenizer, PreTrainedTokenizerFast)
-    if is_fast and type(tokenizer)._decode is PreTrainedTokenizerFast._decode:
-        return tokenizer.backend_tokenizer.decode  # the same, without what transformers does around it for every call
+    core = _core(tokenizer)
+    if core:
+        return core.decode
 
     def decode(ids: list[int]) -> str:
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -84,7 +128,7 @@ def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
 
 
 @lru_cache(maxsize=8)
-def roles(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], Role]:
+def _roles(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], Role]:
     """The role of each of a tokenizer's tokens."""
     silent = silent_ids(tokenizer)
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from chatpage.text.byte_level import spelt
 from chatpage.text.detokenize import BYTE_TOKEN, REPLACEMENT, silent_ids
 
 
@@ -45,24 +46,10 @@ class TokenTexts:
             return text.encode()
         if BYTE_TOKEN.fullmatch(token):
             return bytes([int(token[3:5], 16)])
-        if all(letter in BYTE_OF for letter in token):
-            return bytes(BYTE_OF[letter] for letter in token)
-        return text.encode()
+        raw = spelt(token)
+        return text.encode() if raw is None else raw
 
     def _decode(self, ids: list[int]) -> str:
         text = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)  # one sequence in, one text out
         return text
-
-
-def _alphabet() -> dict[str, int]:
-    """The byte of each letter in which byte-level BPE spells its tokens (GPT-2's).
-
-    A byte that is a visible character of Latin-1 is that character; the others are, in their order, those from 256 on.
-    """
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
-
-
-BYTE_OF = _alphabet()

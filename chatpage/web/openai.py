@@ -263,9 +263,7 @@ class Api:
     async def _whole(self, request: HttpRequest, stream: Stream, answer: Answer, headers: dict[str, str]) -> Response:
         watch = asyncio.create_task(_cancel_when_client_leaves(request, stream))
         try:
-            total = Delta("queued")
-            async for delta in stream:
-                total = total.then(delta)
+            total = Delta.merged([delta async for delta in stream])
         finally:
             watch.cancel()
         self._raise_if_failed(total)

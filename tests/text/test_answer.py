@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from chatpage.text.answer import Answer
-from chatpage.text.detokenize import Detokenizer
+from chatpage.text.detokenize import detokenizer
 from tests.text.samples import ALL_KINDS, HARD_TEXTS, byte_level
 
 KINDS = pytest.mark.parametrize("tokenizer", [kind() for kind in ALL_KINDS], ids=[kind.__name__ for kind in ALL_KINDS])
@@ -28,7 +28,7 @@ def expected(
     tokenizer: PreTrainedTokenizerFast, ids: list[int], stops: tuple[str, ...], exempt: int
 ) -> tuple[str, bool]:
     """From the whole text alone: it ends where the first stop string is complete that ends after exempt tokens."""
-    stream = Detokenizer(tokenizer)
+    stream = detokenizer(tokenizer)
     passed = len("".join([stream.add(token) for token in ids[:exempt]]))
     if exempt >= len(ids):
         passed = NEVER

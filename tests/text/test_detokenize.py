@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from chatpage.text.detokenize import Detokenizer
+from chatpage.text.detokenize import detokenizer
 from tests.text.samples import ALL_KINDS, BYTES, HARD_TEXTS, byte_level
 
 KINDS = pytest.mark.parametrize("tokenizer", [kind() for kind in ALL_KINDS], ids=[kind.__name__ for kind in ALL_KINDS])
@@ -16,7 +16,7 @@ BYTE_NAMES = [chr(byte if byte in PRINTABLE else 256 + HIDDEN.index(byte)) for b
 
 
 def deltas(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:
-    stream = Detokenizer(tokenizer)
+    stream = detokenizer(tokenizer)
     return [*(stream.add(token_id) for token_id in ids), stream.flush()]
 
 
@@ -63,7 +63,7 @@ def test_a_long_answer_is_sent_as_it_comes(tokenizer):
     """Many windows long; almost nothing is held back once the words are known."""
     text = "What is a block? And a slot? " * 40
     ids = tokenizer.encode(text, add_special_tokens=False)
-    stream, sent = Detokenizer(tokenizer), ""
+    stream, sent = detokenizer(tokenizer), ""
     for n, token_id in enumerate(ids, 1):
         sent += stream.add(token_id)
         assert sent == whole(tokenizer, ids[:n]).removesuffix("\ufffd")
