@@ -28,7 +28,7 @@ from chatpage.model.kv import KVPool
 from chatpage.model.plan import Ints, Kind, Plan, count_decodes, find_sharing, make_plan
 
 CPU_PROCESSORS = 8  # under Triton's interpreter
-CROWDED = 400  # programs for own keys: from here on they are made small, so that they fit beside shared tasks
+CROWDED = 200  # programs for own keys: from here on they are made small, so that they fit beside shared tasks
 
 
 @dataclass(frozen=True, slots=True)

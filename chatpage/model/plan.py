@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from chatpage.cache.prefix import common_length
 from chatpage.model.batch import Row
 
 Ints = NDArray[np.int32]
@@ -26,10 +27,10 @@ OWN_PROGRAMS, OWN_KEYS = 4, 128
 SHARED_PROGRAMS, SHARED_KEYS = 2, 128
 TILE = 64  # keys: shared tasks end at multiples of it; what is left of the shared ones each row reads for itself
 
-# What things take, in the time in which a program attends to a tile of keys, as measured on an H200: so many tiles can
-# be read side by side by each multiprocessor; keys that several rows read for themselves come from its cache mostly;
-# a merge begins, and handles so many heads meanwhile; the shared tasks begin beside the own ones.
-READ_AT_ONCE, CACHED, MERGE, MERGED_AT_ONCE, BESIDE = 1.9, 0.4, 0.5, 3000, 0.0
+# What things take, in the time in which a program attends to a tile of keys, fitted to 336 cases measured on an H200:
+# so many tiles can be read side by side by each multiprocessor; keys that several rows read for themselves come from
+# its cache mostly; a merge begins, and handles so many heads meanwhile; own tasks take longer beside shared ones.
+READ_AT_ONCE, CACHED, MERGE, MERGED_AT_ONCE, BESIDE = 2.1, 0.74, 0.75, 3700, 1.2
 
 OWN_FIELDS, ROW_FIELDS, SHARED_FIELDS, CHUNK_FIELDS = 4, 8, 8, 4  # columns of the tables in `Plan`
 
@@ -255,7 +256,7 @@ def _pays(contexts: NDArray, groups: list[Sharing], kind: Kind, processors: int,
     products = sum(count * sharing.tokens for count, sharing in zip(tiles, groups, strict=True))
     own = contexts - saved
     own_time = max(_own_steps(own, own_wanted).max() / TILE, own.sum() / at_once)
-    return max(own_time, longest / TILE, products / at_once) + merge + BESIDE < alone
+    return max(BESIDE * own_time, longest / TILE, products / at_once) + merge < alone
 
 
 def find_sharing(rows: Sequence[Row], block_size: int) -> list[Sharing]:
@@ -266,21 +267,30 @@ def find_sharing(rows: Sequence[Row], block_size: int) -> list[Sharing]:
 
         [3, 4, 9]  [3, 4, 7]  [3, 8]        all: 2 · 1 block        the first two: 1 · 2 blocks
     """
-    return _best(rows, list(range(count_decodes(rows))), 0, block_size)
+    decodes = rows[: count_decodes(rows)]
+    tables = [row.table for row in decodes]
+    blocks = [row.start // block_size for row in decodes]  # the block of the token itself is always a row's own
+    return _best(tables, blocks, list(range(len(decodes))), 0, block_size)
 
 
-def _best(rows: Sequence[Row], among: list[int], known: int, block_size: int) -> list[Sharing]:
-    """The best groups of rows whose first `known` blocks are the same."""
+def _best(
+    tables: list[Sequence[int]], blocks: list[int], among: list[int], known: int, block_size: int
+) -> list[Sharing]:
+    """The best groups of rows whose first `known` blocks are the same.
+
+    Args:
+        blocks: how many leading blocks each row may share.
+    """
     found: list[Sharing] = []
     branches: dict[int, list[int]] = defaultdict(list)
     for i in among:
-        if (rows[i].context - 1) // block_size > known:  # the block of the token itself is always a row's own
-            branches[rows[i].table[known]].append(i)
+        if blocks[i] > known:
+            branches[tables[i][known]].append(i)
     for branch in branches.values():
         if len(branch) > 1:
-            common = _common(rows, branch, block_size)
+            common = _common([tables[i] for i in branch], min(blocks[i] for i in branch))
             whole = Sharing(branch, common * block_size // TILE * TILE)
-            parts = _best(rows, branch, common, block_size)
+            parts = _best(tables, blocks, branch, common, block_size)
             if sum(part.saved for part in parts) > whole.saved:
                 found += parts
             elif whole.tokens:
@@ -288,12 +298,10 @@ def _best(rows: Sequence[Row], among: list[int], known: int, block_size: int) ->
     return found
 
 
-def _common(rows: Sequence[Row], among: list[int], block_size: int) -> int:
-    """How many leading blocks all of these rows have in common, each less than its context."""
-    first = rows[among[0]].table
-    common = min((rows[i].context - 1) // block_size for i in among)
-    for i in among[1:]:
-        table = rows[i].table
-        if first[:common] != table[:common]:
-            common = next(at for at in range(common) if first[at] != table[at])
-    return common
+def _common(tables: list[Sequence[int]], most: int) -> int:
+    """How many leading blocks all of these tables have in common, at most so many."""
+    first = tables[0][:most]
+    for table in tables[1:]:
+        if first != table[: len(first)]:
+            first = first[: common_length(first, table)]
+    return len(first)

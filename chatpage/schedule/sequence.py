@@ -28,6 +28,8 @@ class Sequence:
         life: grows when it ends or loses its blocks: what a step computed for it in an earlier life does not count.
         cached: how many prompt tokens were found at first admission; None before it.
         draws: whether a token is drawn after the last one; a system prompt's own sequence only fills blocks.
+        looks_back: whether a token can only be drawn once the one before it is known here, not only on the device. No
+            step that draws for it stays in flight. Whatever else needs that says so here.
         awaits: another sequence that fills a block which this one needs too, and the number of its tokens by then.
     """
 
@@ -39,6 +41,7 @@ class Sequence:
         "id",
         "life",
         "limit",
+        "looks_back",
         "params",
         "pending",
         "prompt_length",
@@ -72,6 +75,7 @@ class Sequence:
         self.seed = seed
         self.draws = draws
         self.limit = limit
+        self.looks_back = params.penalizes
         self.computed = 0
         self.pending = 0
         self.life = 0
@@ -97,14 +101,6 @@ class Sequence:
     def is_in_flight(self) -> bool:
         """Whether a step computes something of it that is not read back yet."""
         return self.pending > 0 or self.computed < self.table.length
-
-    @property
-    def looks_back(self) -> bool:
-        """Whether a token can only be drawn once the one before it is known here, not only on the device.
-
-        No step that draws for such a sequence stays in flight. Whatever else needs that says so here.
-        """
-        return self.params.penalizes
 
     @property
     def generated(self) -> int:
