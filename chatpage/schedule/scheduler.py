@@ -224,7 +224,7 @@ class Scheduler:
                     self.pool.unpublish(block, "its computation failed")
         holders = [s for s in self.running if s not in culprits and suspects.intersection(s.table.blocks)]
         for holder in holders:
-            self._preempt(holder, "a block that it held failed")
+            self.preempt(holder, "a block that it held failed")
         for session in [s for s in self.resting if s.resting and suspects.intersection(s.resting.table.blocks)]:
             self.wake(session, "a block that it held failed")
         return culprits, holders
@@ -337,7 +337,7 @@ class Scheduler:
                 if len(self.running) == 1:
                     step.exhausted.append(sequence)  # it has taken from all others
                     return False
-                self._preempt(victim, "the pool is full")
+                self.preempt(victim, "the pool is full")
                 step.preempted.append(victim)
                 if victim is sequence:
                     return False
@@ -351,7 +351,7 @@ class Scheduler:
         scheduled = {chunk.sequence.id for chunk in step.chunks}
         return next(s for s in reversed(self.running) if s.id not in scheduled)
 
-    def _preempt(self, sequence: Sequence, reason: str) -> None:
+    def preempt(self, sequence: Sequence, reason: str) -> None:
         """Take all blocks from a sequence. Its tokens stay; what was written may still be found when it resumes."""
         self.running.remove(sequence)
         self.preempted.append(sequence)

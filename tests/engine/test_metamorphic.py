@@ -110,7 +110,7 @@ def preempt_at(desk: Desk, tokens: Tokens, position: int, domain: Hashable = Non
 
 def preempt(desk: Desk, sequence: schedule.Sequence) -> None:
     before = desk.counters["preempted"]
-    desk.core.scheduler._preempt(sequence, "a test")
+    desk.core.scheduler.preempt(sequence, "a test")
     desk.core._hand_out()
     desk.core.check()
     assert desk.counters["preempted"] == before + 1
