@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chatpage.device import to_device
+
 TILE = 1024  # numbers that a program copies
 
 
@@ -34,7 +36,7 @@ class BlockCopier:
         """Copy (source, target). Every source is read before any target is written."""
         if not pairs:
             return
-        where = torch.tensor(pairs, dtype=torch.int64, device=self._addresses.device)
+        where = to_device(pairs, self._addresses.device)
         sources, targets = zip(*pairs, strict=True)
         if set(sources).isdisjoint(targets):
             _copy[(len(pairs), len(self._pools), self._tiles)](where, self._addresses, self._sizes, TILE)

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from chatpage.device import to_device
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Logprob
 
@@ -140,7 +141,7 @@ class Batch:
         widest = max(-(-row.context // block_size) for row in ordered)
 
         def flat(numbers: list) -> Tensor:
-            return torch.tensor(numbers, dtype=torch.int64, device=device)
+            return to_device(numbers, device)
 
         return cls(
             rows=ordered,

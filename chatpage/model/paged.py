@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chatpage.device import to_device
 from chatpage.kernels.decode import attend_decodes
 from chatpage.kernels.merge import FEW, merge
 from chatpage.kernels.prefill import attend_chunks, queries_per_task
@@ -53,7 +54,7 @@ class DevicePlan:
     @classmethod
     def of(cls, plan: Plan, tables: Tensor) -> "DevicePlan":
         def there(numbers: np.ndarray) -> Tensor:
-            return torch.from_numpy(numbers).to(tables.device)
+            return to_device(numbers, tables.device, torch.int32)
 
         return cls(
             tables=tables,
@@ -206,7 +207,7 @@ class PagedAttention(KernelAttention):
     def __init__(self, pool: KVPool, batch: Batch, *, shared: bool | None = None) -> None:
         groups = [] if shared is False else find_sharing(batch.rows, batch.block_size)
         starts, tables = flat_tables(batch.rows, batch.block_size)
-        flat = torch.from_numpy(tables).to(batch.slots.device)
+        flat = to_device(tables, batch.slots.device, torch.int32)
 
         self.plans: dict[Kind, DevicePlan] = {}
 

@@ -27,6 +27,7 @@ from itertools import chain, repeat
 import torch
 from torch import Tensor
 
+from chatpage.device import to_device
 from chatpage.model.batch import Draw, Drawn
 from chatpage.schedule.request import Logprob
 
@@ -77,16 +78,10 @@ class InOrder:
         return [by_index[index] for index in range(len(self.order))]
 
 
-def sample(logits: Tensor, draws: list[Draw | None]) -> list[Drawn]:
+def begin_sampling(logits: Tensor, draws: list[Draw | None], largest: Tensor | None = None) -> Sampled:
     """What each row of the logits (rows, vocabulary) gives: the token that its draw asks for, if it asks for one.
 
-    A row is broken where its largest logit is not a finite number.
-    """
-    return begin_sampling(logits, draws).drawn()
-
-
-def begin_sampling(logits: Tensor, draws: list[Draw | None], largest: Tensor | None = None) -> Sampled:
-    """The same, without waiting for the device.
+    A row is broken where its largest logit is not a finite number. Does not wait for the device.
 
     Args:
         largest: what `tokens_of_largest` says, if it was asked already; written to.
@@ -288,6 +283,4 @@ def _logprobs(logits: Tensor, tokens: Tensor, draws: list[Draw | None]) -> _Logp
 
 
 def _there(numbers: Sequence, like: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Numbers on the device of another tensor, without waiting for it."""
-    tensor = torch.tensor(numbers, dtype=dtype)
-    return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor
+    return to_device(numbers, like.device, dtype)

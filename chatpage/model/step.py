@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from chatpage.device import to_device
 from chatpage.errors import ModelError
 from chatpage.model.attention import Attention
 from chatpage.model.batch import Batch, Draw, Drawn, Row
@@ -183,7 +184,7 @@ class ModelRunner:
         return InOrder(sampled, batch.order)
 
     def _with_last_tokens(self, batch: Batch) -> Batch:
-        places = torch.tensor(self._last.sources(batch.rows), device=self.loaded.device)
+        places = to_device(self._last.sources(batch.rows), self.loaded.device)
         sources = torch.full_like(batch.token_ids, -1)
         sources[batch.query_starts[:-1]] = places
         return replace(batch, token_ids=self._last.at(sources).where(sources >= 0, batch.token_ids))

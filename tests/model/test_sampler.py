@@ -20,8 +20,8 @@ from transformers import (
 )
 
 import chatpage.model.sampler as sampler
-from chatpage.model.batch import Draw
-from chatpage.model.sampler import sample, uniform
+from chatpage.model.batch import Draw, Drawn
+from chatpage.model.sampler import begin_sampling, uniform
 from chatpage.schedule.params import SamplingParams
 
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.0, -math.inf, 1.9, 0.5])
@@ -29,6 +29,10 @@ LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.0, -math.inf, 1.9, 0.5])
 
 def draws(params: SamplingParams, count: int, seed: int = 11) -> list[Draw]:
     return [Draw(params, seed=seed, choice=0, position=position) for position in range(count)]
+
+
+def sample(logits: torch.Tensor, wishes: list[Draw]) -> list[Drawn]:
+    return begin_sampling(logits, wishes).drawn()
 
 
 def tokens(logits: torch.Tensor, wishes: list[Draw]) -> list[int | None]:
