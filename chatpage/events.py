@@ -232,7 +232,7 @@ class Snapshot:
         sequence.tokens = event.at
         del sequence.table[-(-event.at // self.block_size) :]
 
-    def preempt(self, event: Event) -> None:
+    def _preempt(self, event: Event) -> None:
         self.sessions[event.session].state = "preempted"
         self.counters["preempted"] += 1
 

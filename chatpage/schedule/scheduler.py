@@ -352,7 +352,7 @@ class Scheduler:
         return next(s for s in reversed(self.running) if s.id not in scheduled)
 
     def preempt(self, sequence: Sequence, reason: str) -> None:
-        """Take all blocks from a sequence. Its tokens stay; what was written may still be found when it resumes."""
+        """Take all blocks from a running sequence. Its tokens stay; what was written may still be found when it resumes."""
         self.running.remove(sequence)
         self.preempted.append(sequence)
         self.preempted.sort(key=lambda s: s.id)
