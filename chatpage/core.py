@@ -15,7 +15,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from chatpage import tutor
@@ -23,8 +23,10 @@ from chatpage.cache.pool import BlockPool
 from chatpage.errors import ModelError, RequestError, SettingError
 from chatpage.events import Event, EventLog, Snapshot
 from chatpage.model.batch import Draw, Drawn, Row
+from chatpage.model.kv import empty_cache, lacks_memory
 from chatpage.model.load import load
 from chatpage.model.step import Launched
+from chatpage.pace import Pace
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Delta, FinishReason, Logprob, Prompt, Request, TurnState
 from chatpage.schedule.scheduler import Chunk, Scheduler, Step
@@ -43,6 +45,8 @@ Listener = Callable[[Snapshot | None, list[Event]], None]
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant. Answer briefly and clearly, and say so when you do not know."
 FAILED = Drawn(error="The step that computed this answer failed; please try again.")
+MADE_WAY = 8  # times that a sequence makes way for others before its next token
+NO_MEMORY = Drawn(error="There is too little memory left for the next token of this answer; please try again later.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +60,17 @@ class SystemPrompt:
 
 @dataclass(eq=False, slots=True)
 class Turn:
-    """A sequence, its text and its reader."""
+    """A sequence, its text and its reader.
+
+    Attributes:
+        made_way: how often it was preempted because memory was lacking, since it had `made_way_at` tokens.
+    """
 
     sequence: Sequence
     answer: Answer
     stream: Stream
+    made_way: int = 0
+    made_way_at: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +144,7 @@ class Core:
         self.scheduler = Scheduler(
             self.pool, max_sequences=settings.max_sequences, max_step_tokens=settings.max_step_tokens
         )
+        self._pace = Pace(self.scheduler)
         self.view = Snapshot.empty(
             events,
             block_size=settings.block_size,
@@ -381,38 +392,66 @@ class Core:
             RuntimeError: all of them fail, and so does a token that nobody asked for.
         """
         chunks = flight.step.chunks
-        try:
-            drawn = flight.launched.drawn() if flight.launched else self._run_again(chunks)
-        except Exception as error:
+        drawn = _attempt(flight.launched.drawn) if flight.launched else self._run_again(chunks)
+        if isinstance(drawn, Exception):
             if self._flight:
                 self._flight.spoil()
-            drawn = self._run_apart(chunks, error) if flight.is_copied else self._give_up(chunks, error)
-        if all(given.error for given in drawn):
+            drawn = self._recover(flight, drawn)
+        if all(given.error and given is not NO_MEMORY for given in drawn):
             if self._flight:  # no row can have its token from there, once something else has run
                 self._flight.stays = False
             self.runner.require_sound()
         return drawn
 
-    def _run_apart(self, chunks: list[Chunk], error: Exception) -> list[Drawn]:
-        """Run those that raised together in halves, until only those are left out that raise alone."""
-        if len(chunks) == 1:
+    def _recover(self, flight: Flight, error: Exception) -> list[Drawn]:
+        """What can be had of a step that raised."""
+        chunks = flight.step.chunks
+        if not flight.is_copied:
             return self._give_up(chunks, error)
-        log.warning("A step of %d sequences failed (%r); it runs again in halves", len(chunks), error)
-        half = len(chunks) // 2
-        return [*self._run_again(chunks[:half]), *self._run_again(chunks[half:])]
+        if not lacks_memory(error):
+            return self._run_apart(chunks, error)
+        log.warning("Memory was lacking for a step of %d sequences (%s)", len(chunks), error)
+        empty_cache()  # often that is enough
+        return self._run_again(chunks)
 
     def _run_again(self, chunks: list[Chunk]) -> list[Drawn]:
         """Run them without those whose blocks may be somebody else's by now."""
         wanted = [chunk for chunk in chunks if chunk.is_wanted]
-        try:
-            given = iter(self.runner.run([self._row(chunk) for chunk in wanted]) if wanted else [])
-        except Exception as error:
-            given = iter(self._run_apart(wanted, error))
+        given = iter(self._run(wanted) if wanted else [])
         return [next(given) if chunk.is_wanted else Drawn() for chunk in chunks]
+
+    def _run(self, chunks: list[Chunk]) -> list[Drawn]:
+        drawn = _attempt(lambda: self.runner.run([self._row(chunk) for chunk in chunks]))
+        if isinstance(drawn, Exception):
+            return self._run_apart(chunks, drawn)
+        self._pace.fits(sum(chunk.count for chunk in chunks))
+        return drawn
+
+    def _run_apart(self, chunks: list[Chunk], error: Exception) -> list[Drawn]:
+        """Run those that raised together in halves, until only those are left out that raise alone."""
+        if lacks_memory(error):
+            self._pace.is_lacking()
+            empty_cache()
+        if len(chunks) > 1:
+            log.warning("A step of %d sequences failed (%r); it runs again in halves", len(chunks), error)
+            half = len(chunks) // 2
+            return [*self._run_again(chunks[:half]), *self._run_again(chunks[half:])]
+        if lacks_memory(error) and chunks[0].count > 1:
+            return [self._run_in_two(chunks[0])]
+        return self._give_up(chunks, error)
+
+    def _run_in_two(self, chunk: Chunk) -> Drawn:
+        """Run a chunk that does not fit into memory as two smaller ones, one after the other."""
+        half = chunk.count // 2
+        [given] = self._run([replace(chunk, count=half, reaches_end=False)])
+        if given.error:
+            return given
+        [given] = self._run([replace(chunk, start=chunk.start + half, count=chunk.count - half)])
+        return given
 
     def _give_up(self, chunks: list[Chunk], error: Exception) -> list[Drawn]:
         log.error("The computation of %d sequences failed", len(chunks), exc_info=error)
-        return [FAILED] * len(chunks)
+        return [NO_MEMORY if lacks_memory(error) else FAILED] * len(chunks)
 
     # -- and back -------------------------------------------------------------------------------------------------
 
@@ -420,6 +459,8 @@ class Core:
         """Read a step, end whom it fails, publish what it computed, and hand out what it drew."""
         step, drawn = flight.step, self._read(flight)
         results = list(zip(step.chunks, drawn, strict=True))
+        self._make_way([c.sequence for c, given in results if given is NO_MEMORY and c.is_wanted])
+        self._pace.next_step()
         self._end_broken({c.sequence: given.error for c, given in results if given.error and c.is_wanted})
         self.scheduler.finish(step)
         self.counts["steps"] += 1
@@ -432,6 +473,22 @@ class Core:
                 self._tell(turn, "prefill")
             else:
                 self._add(turn, given.token, given.logprob)
+
+    def _make_way(self, sequences: list[Sequence]) -> None:
+        """Preempt those for whose next token there was no memory: it may be there when others have ended.
+
+        Who has no memory alone either, or again and again, is left to end.
+        """
+        for sequence in sequences:
+            turn, length = self.turns.get(sequence.id), len(sequence.tokens)
+            if turn is None:
+                continue
+            if turn.made_way_at != length:
+                turn.made_way, turn.made_way_at = 0, length
+            if turn.made_way < (MADE_WAY if len(self.scheduler.running) > 1 else 1):
+                turn.made_way += 1
+                self.scheduler.preempt(sequence, "memory is full")
+                self._tell(turn, "preempted")
 
     def _end_broken(self, errors: dict[Sequence, str]) -> None:
         """End those whose computation failed; who held one of their blocks computes again."""
@@ -523,3 +580,21 @@ class Core:
             except Exception:  # a full disk or a closed event loop is no reason to end anybody's answer
                 log.exception("A listener failed; it hears no more")
                 self._listeners.remove(listener)
+
+
+def _attempt(compute: Callable[[], list[Drawn]]) -> list[Drawn] | Exception:
+    """What was computed, or what was raised."""
+    try:
+        return compute()
+    except Exception as error:
+        return _without_frames(error)
+
+
+def _without_frames(error: Exception) -> Exception:
+    """An error that says that memory is lacking must not hold on to what the frames that it passed have allocated."""
+    if lacks_memory(error):
+        link: BaseException | None = error
+        while link is not None:
+            link.__traceback__ = None
+            link = link.__cause__ or link.__context__
+    return error

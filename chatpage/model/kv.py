@@ -226,10 +226,15 @@ def free_memory(device: torch.device | str) -> int:
     """Bytes that a pool on `device` could take now."""
     device = torch.device(device)
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what loading took and gave back again
+        empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     limits = [_memory_available(), _container_memory_left()]
     return min(limit for limit in limits if limit is not None)
+
+
+def empty_cache() -> None:
+    """Give back what torch keeps on a GPU for later allocations, in pieces that may all be too small."""
+    torch.cuda.empty_cache()
 
 
 def lacks_memory(error: BaseException | None) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from chatpage import core as module
 from chatpage.core import Core
@@ -21,6 +22,9 @@ from tests.engine.harness import Answer, greedy, read
 PROMPTS: list[Tokens] = [words(length, length) for length in (3, 8, 15, 16, 30, 41)]
 
 
+LOST = RuntimeError("the device was lost")
+
+
 @dataclass
 class Late:
     """A device that is late: it computes a launch only when the next one comes, or when it is read.
@@ -29,12 +33,14 @@ class Late:
         log: `launch` and `read`, as they came.
         rows: of each launch.
         fails: says whether a launch, told by its number, writes nonsense, and raises.
+        error: what it raises.
         spoils: what to make of what a launch has drawn, told by its number.
     """
 
     desk: Desk
     fails: Callable[[int], bool] = lambda number: False
     spoils: Callable[[int, list[Drawn]], list[Drawn]] = lambda number, drawn: drawn
+    error: Exception = LOST
     log: list[str] = field(default_factory=list)
     rows: list[list[Row]] = field(default_factory=list)
 
@@ -73,7 +79,7 @@ class LateRows:
     def compute(self) -> None:
         if self.late.fails(self.number):
             self.late._launch([replace(row, tokens=[5] * len(row.tokens), source=None) for row in self.rows]).drawn()
-            self.outcome = RuntimeError("the device was lost")
+            self.outcome = self.late.error
         else:
             self.outcome = self.late.spoils(self.number, self.late._launch(self.rows).drawn())
 
@@ -218,10 +224,13 @@ def test_the_end_does_not_wait(folder: Path) -> None:
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("error", [LOST, torch.OutOfMemoryError("CUDA out of memory.")], ids=["lost", "no memory"])
 @pytest.mark.parametrize("lost", range(8))
-def test_a_step_that_is_lost_runs_again_with_the_one_behind_it(folder: Path, expected: list[Any], lost: int) -> None:
+def test_a_step_that_is_lost_runs_again_with_the_one_behind_it(
+    folder: Path, expected: list[Any], lost: int, error: Exception
+) -> None:
     desk = Desk(folder)
-    late = Late(desk, fails=lambda number: number == lost)
+    late = Late(desk, fails=lambda number: number == lost, error=error)
     assert told(answers(desk, of_all_kinds())) == expected
     assert len(late.rows[lost]) > 1, "who raises alone is not tried again"
 
@@ -313,7 +322,7 @@ def is_found(folder: Path, expected: list[Any]) -> bool:
         test_what_is_cancelled_in_flight_is_read_and_dropped(folder)
         test_who_held_a_block_of_a_row_that_is_broken_computes_again(folder, 4)
         for lost in range(8):
-            test_a_step_that_is_lost_runs_again_with_the_one_behind_it(folder, expected, lost)
+            test_a_step_that_is_lost_runs_again_with_the_one_behind_it(folder, expected, lost, LOST)
     except Exception:
         return True
     return False
