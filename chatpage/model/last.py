@@ -30,5 +30,5 @@ class LastTokens:
         return [-1 if row.source is None else self._places[row.source] for row in rows]
 
     def at(self, sources: Tensor) -> Tensor:
-        """The tokens there, and any where there is no source. What follows a broken row is broken too."""
+        """The tokens there, and any where there is no source, or a broken row, whose next token nobody wants."""
         return self.tokens[sources.clamp(min=0)].clamp(min=0)

@@ -272,8 +272,10 @@ def _beside(device: torch.device, *, if_any: int) -> Iterator[Callable[[], Abstr
         return
     main, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(main)
-    yield lambda: torch.cuda.stream(side)
-    main.wait_stream(side)
+    try:
+        yield lambda: torch.cuda.stream(side)
+    finally:  # what both use is given back to the main one, whatever happens
+        main.wait_stream(side)
 
 
 @cache

@@ -3,7 +3,7 @@
 Every sequence wants the same: `computed` to catch up with its tokens. A decode wants one token, a fresh prompt all of
 them, a prefix hit or a resume the rest; one token budget a step serves them all.
 
-    running    oldest first, each as much as the budget leaves
+    running    oldest first, each as much as the budget leaves; while somebody decodes, it is halved
     preempted  then those that lost their blocks, in order of arrival
     waiting    then new ones, by the session that has been served least; every PATIENCE-th by arrival
 
@@ -173,7 +173,7 @@ class Scheduler:
         if sequence.state in ("resting", "done"):
             return
         self._dequeue(sequence)
-        sequence.table.truncate(min(sequence.computed, sequence.table.length), reason)
+        sequence.table.truncate(sequence.computed, reason)
         sequence.table.publish(sequence.tokens, sequence.table.length, tail=True)
         if sequence.session.keeps and sequence.table.length:
             self._rest(sequence, reason)
@@ -200,9 +200,9 @@ class Scheduler:
     def distrust(
         self, broken: list[Sequence], copies: Collection[tuple[int, int]] = ()
     ) -> tuple[list[Sequence], list[Sequence]]:
-        """The results of these sequences, the oldest first, cannot be trusted, nor can what they hold.
+        """The results of these sequences, in the order of the step, cannot be trusted, nor can what they hold.
 
-        Who holds a block of an older broken one may be innocent. It loses all and computes again, as do all others
+        Who holds a block of an earlier broken one may be innocent. It loses all and computes again, as do all others
         who hold a block of any of them. Of several, this is for all together, while each still has its table.
 
         Args:
@@ -270,7 +270,7 @@ class Scheduler:
     def schedule(self) -> Step:
         """Choose what the next step computes, and give every token in it a slot."""
         step = Step()
-        budget = self.max_step_tokens
+        budget = self._budget()
         for sequence in list(self.running):
             if not budget or step.lacks_room:  # who is newer must not take what an older one needs
                 break
@@ -279,6 +279,14 @@ class Scheduler:
         if not (step.preempted or step.lacks_room):  # who just lost his blocks would only take them from others again
             self._admit_others(budget, step)
         return step
+
+    def _budget(self) -> int:
+        """Tokens of the next step. Whoever decodes waits for the whole step, so prompts take what half of it leaves.
+
+        Where that is little, they take as much as all decodes together.
+        """
+        most, decodes = self.max_step_tokens, sum(sequence.state == "decode" for sequence in self.running)
+        return max(most // 2, min(2 * decodes, most)) if decodes else most
 
     def finish(self, step: Step) -> None:
         """The step's result is read back: what it computed may be found by others now.
@@ -352,7 +360,7 @@ class Scheduler:
         return next(s for s in reversed(self.running) if s.id not in scheduled)
 
     def preempt(self, sequence: Sequence, reason: str) -> None:
-        """Take all blocks from a running sequence. Its tokens stay; what was written may still be found when it resumes."""
+        """Take all blocks from a running sequence. Its tokens stay; what was written may still be found later."""
         self.running.remove(sequence)
         self.preempted.append(sequence)
         self.preempted.sort(key=lambda s: s.id)

@@ -22,6 +22,7 @@ class Before:
     in_flight: dict[Sequence, Chunk]  # what is computed for it, and not read back yet
     era: int
     admitted: int  # new ones, so far
+    budget: int  # tokens
 
     def pending(self, sequence: Sequence) -> int:
         """How many tokens it will have which nobody knows yet."""
@@ -69,7 +70,13 @@ class Clerk:
             {chunk.sequence: chunk for chunk in flight.chunks if chunk.is_wanted} if flight else {},
             self.era(),
             self.admitted,
+            self._budget(),
         )
+
+    def _budget(self) -> int:
+        """All that is allowed; half of it while somebody decodes, or twice what all decodes take."""
+        most, decodes = self.scheduler.max_step_tokens, [s for s in self.scheduler.running if s.state == "decode"]
+        return sorted([most // 2, 2 * len(decodes), most])[1] if decodes else most
 
     def count_admitted(self, before: Before, step: Step) -> None:
         """New ones are counted, and each remembers from then on how much it found."""
@@ -110,7 +117,7 @@ class Clerk:
         if step.lacks_room:
             self._check_lack(before, step, kept[len(chosen)])
         elif chosen != kept:
-            assert sum(c.count for c in step.chunks) == self.scheduler.max_step_tokens, "left out without a reason"
+            assert sum(c.count for c in step.chunks) == before.budget, "left out without a reason"
         for victim in step.preempted:
             assert victim in before.running
             assert victim not in before.in_flight, "loses blocks that a step in flight writes"
@@ -124,7 +131,7 @@ class Clerk:
     def _check_lack(self, before: Before, step: Step, sequence: Sequence) -> None:
         """The step in flight is to be read back first, as this one has no room, and somebody there might end."""
         table, size = sequence.table, self.pool.block_size
-        left = self.scheduler.max_step_tokens - sum(chunk.count for chunk in step.chunks)
+        left = before.budget - sum(chunk.count for chunk in step.chunks)
         end = min(before.length(sequence), table.length + left)
         copies = table.length % size != 0 and self.pool.needs_copy(table.blocks[-1])
         needed = -(-end // size) - len(table.blocks) + copies
@@ -148,7 +155,7 @@ class Clerk:
         """Go through the candidates in their order: each was started, or there is a reason why not."""
         left = list(started)
         places = self.scheduler.max_sequences - len(before.running)
-        budget = self.scheduler.max_step_tokens - sum(c.count for c in step.chunks if c not in started)
+        budget = before.budget - sum(c.count for c in step.chunks if c not in started)
         admitted = [before.admitted]
         for candidate in self._in_order(before, admitted):
             if not places or not budget:

@@ -388,7 +388,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.check_computed_once(counted)
 
     def check_step(self, step: Step, before: Before) -> None:
-        assert sum(chunk.count for chunk in step.chunks) <= self.scheduler.max_step_tokens
+        assert sum(chunk.count for chunk in step.chunks) <= before.budget
         ids = [chunk.sequence.id for chunk in step.chunks]
         assert len(set(ids)) == len(ids), f"one sequence has two chunks in a step: {ids}"
         for chunk in step.chunks:

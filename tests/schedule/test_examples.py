@@ -48,13 +48,22 @@ class Desk:
 
 
 def test_decodes_and_chunks_share_a_step() -> None:
-    desk = Desk(budget=10)
+    desk = Desk(budget=20)
     desk.submit(6)
     assert desk.chunks() == [(1, 0, 6)]
     desk.submit(15)
     assert desk.chunks() == [(1, 6, 1), (2, 0, 9)]
     assert desk.chunks() == [(1, 7, 1), (2, 9, 6)]
     assert desk.chunks() == [(1, 8, 1), (2, 15, 1)]
+
+
+def test_prompts_take_as_much_as_many_decodes() -> None:
+    desk = Desk(budget=8)
+    for _ in range(3):
+        desk.submit(1)
+    desk.submit(20)
+    assert desk.chunks() == [(1, 0, 1), (2, 0, 1), (3, 0, 1), (4, 0, 5)]
+    assert desk.chunks() == [(1, 1, 1), (2, 1, 1), (3, 1, 1), (4, 5, 3)]
 
 
 def test_a_budget_that_is_spent_leaves_the_newest_out() -> None:
