@@ -240,7 +240,9 @@ def empty_cache() -> None:
 def lacks_memory(error: BaseException | None) -> bool:
     """Whether it was raised, or something on the way to it, because an allocation failed."""
     while error is not None:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return True
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):  # of the driver; of a CPU
             return True
         error = error.__cause__ or error.__context__
     return False
