@@ -158,7 +158,10 @@ class Batch:
             draws=[row.sample for row in ordered],
         )
 
-    def in_order(self, drawn: list[Drawn]) -> list[Drawn]:
-        """What the rows gave, in the order of the caller's list."""
-        by_index = dict(zip(self.order, drawn, strict=True))
-        return [by_index[index] for index in range(len(drawn))]
+
+def inverse(order: Sequence[int]) -> list[int]:
+    """Where each of the numbers 0, 1, 2, … stands in `order`."""
+    places = [0] * len(order)
+    for place, index in enumerate(order):
+        places[index] = place
+    return places

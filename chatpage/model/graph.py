@@ -21,7 +21,7 @@ from chatpage.model.frame import Form, Frame, Size
 from chatpage.model.kv import KVPool
 from chatpage.model.last import LastTokens
 from chatpage.model.paged import DevicePlan, KernelAttention, flat_tables, processors
-from chatpage.model.plan import Ints, Kind, Plan, find_sharing, make_plan, tasks_wanted
+from chatpage.model.plan import Ints, Kind, Plan, find_sharing, lay_out, make_plan, tasks_wanted
 from chatpage.model.sampler import InOrder, begin_sampling, tokens_of_largest
 
 IN_FLIGHT = 2  # frames that may be on their way to the device
@@ -144,17 +144,16 @@ class Graphs:
     @torch.inference_mode()
     def launch(self, rows: list[Row]) -> InOrder | None:
         """Begin to compute these rows, if there is a graph with room for them."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))  # decodes first
-        ordered = [rows[i] for i in order]
-        size = self._smallest(ordered)
+        laid_out, places = lay_out(rows, most=len(self._logits))
+        size = self._smallest(laid_out)
         if size is None:
             return None
-        size = self._fill_and_upload(size, ordered)
+        size = self._fill_and_upload(size, laid_out)
         self._graphs[size].replay()
-        draws = [row.sample for row in ordered]
-        sampled = begin_sampling(self._logits[: len(rows)], draws, self._last.tokens[: len(rows)])
-        self._last.note(order)
-        return InOrder(sampled, order)
+        draws, count = [row.sample for row in laid_out], len(laid_out)
+        sampled = begin_sampling(self._logits[:count], draws, self._last.tokens[:count])
+        self._last.note(places)
+        return InOrder(sampled, places)
 
     def _smallest(self, rows: Sequence[Row]) -> Size | None:
         """The smallest size, of any form, with room for these rows."""

@@ -19,11 +19,9 @@ class LastTokens:
         self.tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._places: list[int] = []  # in `tokens`, by index in the list that was launched
 
-    def note(self, order: Sequence[int]) -> None:
-        """Say in which order `tokens` holds the rows of the list that was launched."""
-        self._places = [0] * len(order)
-        for place, index in enumerate(order):
-            self._places[index] = place
+    def note(self, places: list[int]) -> None:
+        """Say where in `tokens` the rows of the list are that was launched."""
+        self._places = places
 
     def sources(self, rows: Sequence[Row]) -> list[int]:
         """Where in `tokens` each row's token lies; −1 where the row has tokens of its own."""

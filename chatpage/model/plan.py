@@ -11,14 +11,14 @@ The kernels read all of it from device memory, so that a captured step can be re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chatpage.cache.prefix import common_length
-from chatpage.model.batch import Row
+from chatpage.model.batch import Row, inverse
 
 Ints = NDArray[np.int32]
 
@@ -31,6 +31,9 @@ TILE = 64  # keys: shared tasks end at multiples of it; what is left of the shar
 # so many tiles can be read side by side by each multiprocessor; keys that several rows read for themselves come from
 # its cache mostly; a merge begins, and handles so many heads meanwhile; own tasks take longer beside shared ones.
 READ_AT_ONCE, CACHED, MERGE, MERGED_AT_ONCE, BESIDE = 2.1, 0.74, 0.75, 3700, 1.2
+
+# Chunks of so few tokens, each behind so many, are computed as decodes.
+MOST_APART, LEAST_BEFORE = 128, 512
 
 OWN_FIELDS, ROW_FIELDS, SHARED_FIELDS, CHUNK_FIELDS = 4, 8, 8, 4  # columns of the tables in `Plan`
 
@@ -232,6 +235,47 @@ def _power(number: int) -> int:
 
 def _rounded(number, to: int):
     return -(-number // to) * to
+
+
+# -- chunks as decodes ------------------------------------------------------------------------------------------------
+
+
+def lay_out(rows: Sequence[Row], *, most: int) -> tuple[list[Row], list[int]]:
+    """Decodes first; or nothing but decodes, one for each token, where that is faster than to have chunks.
+
+    Args:
+        most: how many decodes there may be.
+
+    Returns:
+        The rows, and where among them the last token of each given one is.
+    """
+    if _is_better_apart(rows, most):
+        parts = [_apart(row) for row in rows]
+        return list(chain.from_iterable(parts)), [end - 1 for end in accumulate(map(len, parts))]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
+    return [rows[i] for i in order], inverse(order)
+
+
+def _is_better_apart(rows: Sequence[Row], most: int) -> bool:
+    """A chunk's tile reads all keys before it one after the other; decodes that share them read them side by side."""
+    chunks = [row for row in rows if len(row.tokens) > 1]
+    tokens = sum(len(row.tokens) for row in chunks)
+    return (
+        0 < tokens <= MOST_APART
+        and len(rows) - len(chunks) + tokens <= most
+        and all(row.start >= LEAST_BEFORE for row in chunks)
+    )
+
+
+def _apart(row: Row) -> list[Row]:
+    """A decode for each token. All of a step's keys and values are stored before anybody attends to them."""
+    last = len(row.tokens) - 1
+    if not last:
+        return [row]
+    return [
+        Row([token], row.start + i, row.table, row.store, row.sample if i == last else None)
+        for i, token in enumerate(row.tokens)
+    ]
 
 
 # -- who shares -------------------------------------------------------------------------------------------------------

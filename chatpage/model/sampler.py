@@ -63,19 +63,19 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class InOrder:
-    """What rows gave, in the order of a list.
+    """What the rows of a list gave, which were computed in another order.
 
     Attributes:
-        order: index in the list of each row.
+        places: where each row of the list was.
     """
 
     sampled: Sampled
-    order: list[int]
+    places: list[int]
 
     def drawn(self) -> list[Drawn]:
         """One entry a row; waits for the device."""
-        by_index = dict(zip(self.order, self.sampled.drawn(), strict=True))
-        return [by_index[index] for index in range(len(self.order))]
+        drawn = self.sampled.drawn()
+        return [drawn[place] for place in self.places]
 
 
 def begin_sampling(logits: Tensor, draws: list[Draw | None], largest: Tensor | None = None) -> Sampled:

@@ -15,7 +15,7 @@ import torch
 from chatpage.device import to_device
 from chatpage.errors import ModelError
 from chatpage.model.attention import Attention
-from chatpage.model.batch import Batch, Draw, Drawn, Row
+from chatpage.model.batch import Batch, Draw, Drawn, Row, inverse
 from chatpage.model.check import attends_alike
 from chatpage.model.kv import KVPool, free_memory
 from chatpage.model.last import LastTokens
@@ -180,8 +180,9 @@ class ModelRunner:
         logits = self._forward(batch, self._attention(self.pool, batch))
         sampled = begin_sampling(logits, batch.draws)
         self._last.tokens[: len(rows)] = sampled.tokens
-        self._last.note(batch.order)
-        return InOrder(sampled, batch.order)
+        places = inverse(batch.order)
+        self._last.note(places)
+        return InOrder(sampled, places)
 
     def _with_last_tokens(self, batch: Batch) -> Batch:
         places = to_device(self._last.sources(batch.rows), self.loaded.device)

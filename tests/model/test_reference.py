@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import chatpage.model.reference as reference
-from chatpage.model.batch import Batch, Draw, Drawn, Row
+from chatpage.model.batch import Batch, Draw, Row
 from chatpage.model.kv import KVPool, LayerShape
 from chatpage.model.reference import ReferenceAttention
 from chatpage.schedule.params import SamplingParams
@@ -128,7 +128,6 @@ def test_batch_is_flat_and_ordered():
     assert batch.contexts.tolist() == [6, 10, 3]
     assert batch.tables.tolist() == [[3, 8, 6], [1, 2, 3], [4, 0, 0]]
     assert batch.sampled.tolist() == [0, 1, 4]
-    assert batch.in_order([Drawn(50), Drawn(), Drawn(60)]) == [Drawn(60), Drawn(), Drawn(50)]
 
 
 def test_rows_that_begin_with_the_same_block_are_side_by_side():
