@@ -264,10 +264,9 @@ class Core:
 
     def expire(self, rested_before: float) -> None:
         """Release tables that rest since before this moment of the monotonic clock."""
-        for session in list(self.scheduler.resting):
-            if session.rested_at > rested_before:
-                break  # longest rested first
-            self.scheduler.wake(session, "the session expired")
+        resting = self.scheduler.resting
+        while resting and (longest := next(iter(resting))).rested_at <= rested_before:
+            self.scheduler.wake(longest, "the session expired")
 
     def end_all(self, error: str | None) -> None:
         """Tell every reader that nothing more will come: the turn was cut off, or failed with this error.
@@ -397,7 +396,8 @@ class Core:
             if self._flight:
                 self._flight.spoil()
             drawn = self._recover(flight, drawn)
-        if all(given.error and given is not NO_MEMORY for given in drawn):
+        wanted = [given for chunk, given in zip(chunks, drawn, strict=True) if chunk.is_wanted]
+        if wanted and all(given.error and given is not NO_MEMORY for given in wanted):
             if self._flight:  # no row can have its token from there, once something else has run
                 self._flight.stays = False
             self.runner.require_sound()
