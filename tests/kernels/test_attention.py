@@ -307,7 +307,7 @@ def test_long_contexts_and_many_rows(dtype, shared):
 def test_blocks_beyond_two_to_the_32_numbers(shared):
     """The tables are drawn from a pool of which more than half lies beyond 2^31 numbers, and a part beyond 2^32."""
     if torch.cuda.mem_get_info()[0] < 60 * 2**30:
-        pytest.skip("needs 60 GiB of free GPU memory")
+        pytest.skip("a pool of more than 2^32 numbers takes 60 GiB of GPU memory, which are not free")
     form = Form(8, 8, 128, 128)
     numbers = form.block_size * form.kv_heads * form.key_size
     rows = draw_rows(Random(3), form.block_size, rows=16, longest=LONGEST, chunk=CHUNK)
