@@ -176,6 +176,7 @@ class Core:
 
     def _system_prompt(self, number: int, text: str) -> SystemPrompt:
         name = "default" if number == 1 else f"system prompt {number}"
+        self.template.remember(text)
         return SystemPrompt(name, text, tuple(self.template.system_prefix(text)))
 
     def _compute_system_prompt(self, number: int, system: SystemPrompt) -> SystemPrompt:

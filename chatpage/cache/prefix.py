@@ -107,7 +107,7 @@ class PrefixTree:
         return blocks
 
 
-def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+def common_length(a: Sequence[object], b: Sequence[object]) -> int:
     """How many leading items two sequences have in common."""
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:

@@ -3,6 +3,7 @@
 import re
 import secrets
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -34,6 +35,14 @@ THOUGHT: Message = {"role": "assistant", "content": "<think>\nOne token, I think
 OPENINGS = ("a", "Zq", "7", "?!", "\nb", "  c", "ก", "한", "😀")
 
 
+class Beginning(NamedTuple):
+    """What conversations begin with, and its ids, where the special token `part` follows."""
+
+    text: str
+    part: str
+    ids: list[int]
+
+
 class ChatTemplate:
     """One tokenizer's chat template.
 
@@ -52,6 +61,8 @@ class ChatTemplate:
         self.is_default = not tokenizer.chat_template
         self._source = self._default_source() if self.is_default else tokenizer.get_chat_template()
         special, written = self._control_tokens()
+        self._special = _first_of(special)
+        self._beginnings: list[Beginning] = []
         self._control = {True: _any_of(special), False: _any_of(special | written)}  # by: is it the assistant's?
         self.stops = ("\nUser:",) if self.is_default else ()
         self._newline = self._encode("\n")
@@ -68,7 +79,7 @@ class ChatTemplate:
         mark = f"\ue000{secrets.randbelow(10**18)}\ue000"  # nobody can guess it, so nobody can write it
         marked = [self._guard(i, message, mark) for i, message in enumerate(messages)]
         first, *rest = self._text(marked, generate=generate).split(mark)
-        ids = self._encode(first)
+        ids = self._encode_from_start(first)
         for piece in rest:
             ids += self._encode_inside(piece)
         return ids
@@ -87,6 +98,24 @@ class ChatTemplate:
             other = self.render([*system, {"role": "user", "content": opening}])
             prefix = prefix[: common_length(prefix, other)]
         return prefix
+
+    def remember(self, system_prompt: str) -> None:
+        """Tokenise a system prompt once for all conversations under it.
+
+        A special token parts a text: what stands before it is tokenised whatever comes after. So the ids of all that
+        stands before the last one that these conversations have in common are known.
+        """
+        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        texts = [self._text([*system, {"role": "user", "content": opening}], generate=True) for opening in OPENINGS]
+        common = texts[0][: min(common_length(texts[0], text) for text in texts)]
+        parts = list(self._special.finditer(common))
+        if not parts or not parts[-1].start():
+            return
+        at = parts[-1].start()
+        wholes, tails = [self._encode(text) for text in texts], [self._encode_inside(text[at:]) for text in texts]
+        ids = wholes[0][: len(wholes[0]) - len(tails[0])]
+        if all(whole == ids + tail for whole, tail in zip(wholes, tails, strict=True)):
+            self._beginnings.append(Beginning(common[:at], parts[-1][0], ids))
 
     def follow_up(self, turn: list[Message]) -> list[int] | None:
         """The ids that a new turn adds after an ended answer; None where the template does not allow to add any.
@@ -191,6 +220,12 @@ class ChatTemplate:
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
+    def _encode_from_start(self, text: str) -> list[int]:
+        for beginning in self._beginnings:
+            if text.startswith(beginning.text + beginning.part):
+                return beginning.ids + self._encode_inside(text[len(beginning.text) :])
+        return self._encode(text)
+
     def _encode_inside(self, text: str) -> list[int]:
         """The ids of text that goes on from other text: at a start, some tokenizers add a space."""
         ids = self._encode("\n" + text)
@@ -217,6 +252,11 @@ def _check(messages: Sequence[Message]) -> None:
                 f"messages[{i}].content has half of a surrogate pair; it must be valid Unicode text.",
                 param=f"messages[{i}].content",
             )
+
+
+def _first_of(tokens: set[str]) -> re.Pattern[str]:
+    """Matches one of these tokens, the longest where several begin."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def _any_of(tokens: set[str]) -> re.Pattern[str]:

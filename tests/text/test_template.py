@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chatpage.errors import RequestError
 from chatpage.text.template import ChatTemplate, Message
-from tests.text.samples import CHATML, HARD_TEXTS, SPECIAL, byte_fallback, byte_level
+from tests.text.samples import ALL_KINDS, CHATML, HARD_TEXTS, SPECIAL, byte_fallback, byte_level
 
 KINDS = pytest.mark.parametrize("kind", [byte_level, byte_fallback])
 DROPS_THINKING = CHATML.replace(
@@ -168,3 +168,33 @@ def test_whatever_goes_wrong_in_a_template_is_a_refusal(template):
     chat = ChatTemplate(with_template(byte_level(), template))
     with pytest.raises(RequestError, match="template"):
         chat.render([user("hi")])
+
+
+SPACES = [{}, {"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}]
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("spaces", SPACES, ids=["plain", "left", "right", "both"])
+@given(
+    prompt=st.sampled_from(["You are kind. ", " Say so.\n\n", *HARD_TEXTS]),
+    text=st.sampled_from([*HARD_TEXTS, *SPECIAL, " ", "\n a"]) | st.text(max_size=12),
+)
+@settings(max_examples=30, deadline=None)
+def test_what_is_remembered_of_a_system_prompt_changes_no_ids(kind, spaces, prompt, text):
+    """Whatever white space the special tokens take from their neighbours."""
+    tokenizer = with_template(copy.deepcopy(kind()) if spaces else kind())
+    if spaces:
+        tokenizer.backend_tokenizer.add_special_tokens([AddedToken(t, normalized=False, **spaces) for t in SPECIAL])
+    remembering, plain = ChatTemplate(tokenizer), ChatTemplate(tokenizer)
+    remembering.remember(prompt)
+    assert remembering._beginnings or spaces, "nothing was remembered"
+    for messages in ([system(prompt), user(text)], [system(prompt), user(text), assistant(text), user("end")]):
+        assert remembering.render(messages) == plain.render(messages)
+    assert remembering.render([user(text)]) == plain.render([user(text)])
+    assert remembering.render([system(prompt + text), user("a")]) == plain.render([system(prompt + text), user("a")])
+
+
+def test_a_template_without_special_tokens_remembers_nothing():
+    template = ChatTemplate(with_template(byte_level(), None))
+    template.remember("You are kind.")
+    assert not template._beginnings
