@@ -32,6 +32,7 @@ class Late:
     Attributes:
         log: `launch` and `read`, as they came.
         rows: of each launch.
+        copies: pairs of blocks, as they came.
         fails: says whether a launch, told by its number, writes nonsense, and raises.
         error: what it raises.
         spoils: what to make of what a launch has drawn, told by its number.
@@ -43,6 +44,7 @@ class Late:
     error: Exception = LOST
     log: list[str] = field(default_factory=list)
     rows: list[list[Row]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         runner = self.desk.core.runner
@@ -66,6 +68,7 @@ class Late:
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         self.catch_up()
+        self.copies += pairs
         self._copy(pairs)
 
 
@@ -253,6 +256,72 @@ def test_who_held_a_block_of_a_row_that_is_broken_computes_again(folder: Path, b
     assert [answer.tokens for answer in others] == [expected] * 2
     assert desk.counters["preempted"] == 2
     assert len(late.rows[broken]) == len(late.rows[broken + 1]) == 3
+
+
+def test_what_a_step_in_flight_copied_from_a_row_that_is_broken_is_computed_again(folder: Path) -> None:
+    """By then the copy is all that its holder shares with that row."""
+    head = words(1, 41)
+    other = (*head[:1], *words(2, 6))  # the rest of the block in which the system prompt ends, and no more
+    [expected] = Desk(folder).answers([other])
+    desk = Desk(folder)
+    late = Late(desk)
+    first = desk.submit(head, "one")
+    for _ in range(4):
+        desk.core.step()
+    [turn] = desk.core.turns.values()
+    own = set(turn.sequence.table.blocks) - desk.core.pool.pinned
+    late.copies.clear()
+
+    def spoil(number: int, drawn: list[Drawn]) -> list[Drawn]:
+        """The first row of the step in flight fails, and nothing of what it held can be trusted."""
+        if number != 3:
+            return drawn
+        for blocks in desk.core.runner.pool.tensors:
+            blocks[list(own)] = torch.nan
+        return [Drawn(error="NaN."), *drawn[1:]]
+
+    late.spoils = spoil
+    second = desk.submit(other, "one")
+    desk.core.step()
+    assert own.intersection(source for source, _ in late.copies), "nothing was copied before that was known"
+    desk.finish()
+    assert read(first).reason == "error"
+    assert read(second).tokens == expected
+
+
+def test_nothing_is_taken_from_the_device_after_the_proof_that_it_is_sound(folder: Path) -> None:
+    """Who starts in flight behind a step of which nothing came is read before the next step wants its token."""
+    [expected] = Desk(folder).answers([PROMPTS[1]])
+    desk = Desk(folder)
+    late = Late(desk, spoils=lambda number, drawn: [Drawn(error="NaN.")] if number == 2 else drawn)
+    first = desk.submit(PROMPTS[0])
+    for _ in range(3):
+        desk.core.step()
+    second = desk.submit(PROMPTS[1])
+    desk.finish()
+    assert read(first).reason == "error"
+    assert read(second).tokens == expected
+    assert [row.table for row in late.rows[4]] == [[0]], "the proof ran behind the step in flight"
+
+
+def test_a_dead_device_is_noticed_although_somebody_was_cancelled(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing came for him, but nothing was asked for him either."""
+    desk = Desk(folder)
+    late = Late(desk)
+    streams = ask(desk, of_all_kinds())
+    for _ in range(4):
+        desk.core.step()
+
+    def fail(rows: list[Row]) -> Launched:
+        raise LOST
+
+    late.fails = lambda number: True
+    monkeypatch.setattr(desk.core.runner, "launch", fail)
+    desk.core.cancel(streams[0])
+    with pytest.raises(RuntimeError, match="computes nothing any more"):
+        desk.finish()
 
 
 @pytest.mark.parametrize("lost", [2, 3, 4])
