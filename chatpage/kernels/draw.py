@@ -15,7 +15,7 @@ A logit weighs exp((logit − largest) / temperature), so the row's largest weig
 and top_p is looked for among all the numbers that a logit can be. A pass over the row weighs what is not below each of
 three of them, which leaves a quarter; it reads only tiles that reach so far up.
 
-Sums are made in an order that depends on the row alone, so the same row, wishes and point give the same token.
+The order of sums does not depend on other rows, so the same logits, wishes and point give the same token.
 """
 
 import torch
