@@ -220,28 +220,30 @@ class Core:
     def has_work(self) -> bool:
         return self.scheduler.has_work or self._flight is not None
 
-    def submit(self, request: Request, session: Session | None, stream: Stream) -> None:
-        """Queue a turn. One that is refused gets a `done` delta that says why."""
+    def submit(self, request: Request, session: Session | None, *streams: Stream) -> None:
+        """Queue a turn, with a reply for each stream. One that is refused gets a `done` delta that says why."""
         params, length = request.params, len(request.prompt.tokens)
         refusal = self._refusal(session)
         if session is None or refusal:
             refused = Delta("done", prompt_tokens=length, finish_reason="error", error=refusal)
-            self._outbox.append((stream, refused))
+            self._outbox += [(stream, refused) for stream in streams]
             return
         seed = secrets.randbits(63) if params.seed is None else params.seed
         limits = (self.max_model_len - length, params.max_tokens, self.settings.max_output_tokens)
         limit = min(limit for limit in limits if limit is not None)
-        sequence = self.scheduler.submit(session, request.prompt, params, seed=seed, limit=length + limit)
-        answer = Answer(
-            self.tokenizer,
-            stop_token_ids=self.stop_token_ids.union(params.stop_token_ids),
-            stops=(*params.stop, *self.template.stops),
-            limit=limit,
-            min_tokens=params.min_tokens,
-        )
-        turn = self.turns[sequence.id] = Turn(sequence, answer, stream)
+        first = self.scheduler.submit(session, request.prompt, params, seed=seed, limit=length + limit)
+        others = [self.scheduler.submit_reply(first, choice) for choice in range(1, len(streams))]
         self.counts["prompt_tokens"] += length
-        self._tell(turn, "queued")
+        for sequence, stream in zip((first, *others), streams, strict=True):
+            answer = Answer(
+                self.tokenizer,
+                stop_token_ids=self.stop_token_ids.union(params.stop_token_ids),
+                stops=(*params.stop, *self.template.stops),
+                limit=limit,
+                min_tokens=params.min_tokens,
+            )
+            turn = self.turns[sequence.id] = Turn(sequence, answer, stream)
+            self._tell(turn, "queued")
 
     @staticmethod
     def _refusal(session: Session | None) -> str | None:
@@ -262,6 +264,13 @@ class Core:
         for turn in [turn for turn in self.turns.values() if turn.sequence.session is session]:
             self._finish(turn, "abort")
         self.scheduler.wake(session, "the session was closed")
+
+    def keep(self, session: Session, choice: int) -> None:
+        """End and release all replies of a session's turn but one."""
+        for turn in [turn for turn in self.turns.values() if turn.sequence.session is session]:
+            if turn.sequence.choice != choice:
+                self._finish(turn, "abort")
+        self.scheduler.keep(session, choice)
 
     def expire(self, rested_before: float) -> None:
         """Release tables that rest since before this moment of the monotonic clock."""
@@ -300,8 +309,7 @@ class Core:
     def places(self, session: Session) -> list[tuple[int, list[int], list[int]]]:
         """Id, tokens that have a slot, and block table of each of a session's sequences."""
         sequences = [turn.sequence for turn in self.turns.values() if turn.sequence.session is session]
-        if session.resting is not None:
-            sequences.append(session.resting)
+        sequences += session.resting
         return [(s.id, s.tokens[: s.table.length], list(s.table.blocks)) for s in sequences]
 
     def check(self) -> None:
@@ -383,7 +391,7 @@ class Core:
         params = sequence.params
         is_too_short = position - sequence.prompt_length < params.min_tokens
         banned = self.stop_token_ids.union(params.stop_token_ids) if is_too_short else ()
-        return Draw(params, sequence.seed, 0, position, sequence.tokens, sequence.prompt_length, banned)
+        return Draw(params, sequence.seed, sequence.choice, position, sequence.tokens, sequence.prompt_length, banned)
 
     def _read(self, flight: Flight) -> list[Drawn]:
         """What each chunk gave; an error for those whose computation raises.
@@ -540,7 +548,7 @@ class Core:
                 self.scheduler.end(turn.sequence, reason)
         finally:  # whatever is wrong with the cache, nobody waits for ever
             self.counts[reason] += 1
-            self.counts["cached_tokens"] += turn.sequence.cached or 0
+            self.counts["cached_tokens"] += 0 if turn.sequence.origin else turn.sequence.cached or 0
             self._tell(turn, "done", text=text, tokens=tokens, logprobs=logprobs, finish_reason=reason, error=error)
 
     def _tell(

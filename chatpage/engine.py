@@ -16,7 +16,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Listener = Callable[[Delta], None]
 
 SYSTEM_ROLES = ("system", "developer")
 MAX_BYTES_PER_TOKEN = 16  # a prompt of more bytes per token of context is refused before it is tokenised
@@ -61,7 +62,7 @@ class Engine:
         self._lock = threading.Lock()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._ended = False  # the thread runs no more commands
-        self._open_requests = 0
+        self._open_replies = 0
 
     # -- life -----------------------------------------------------------------------------------------------------
 
@@ -234,11 +235,19 @@ class Engine:
             code="context_length_exceeded",
         )
 
-    def stream(self, request: Request, listener: Callable[[Delta], None] | None = None) -> Stream:
-        """Submit a request.
+    def stream(self, request: Request, listener: Listener | None = None) -> Stream:
+        """Submit a request for one reply: see `streams`."""
+        return self.streams(request, [listener])[0]
+
+    def streams(self, request: Request, listeners: Sequence[Listener | None]) -> list[Stream]:
+        """Submit a request. Its prompt is computed once, and stored once for all replies.
 
         Args:
-            listener: gets every delta on the engine's thread, whether the stream is read or not.
+            listeners: one for each reply that is wanted; it gets every delta on the engine's thread, whether the
+                stream is read or not.
+
+        Returns:
+            The streams of the replies, in this order.
 
         Raises:
             RequestError: it can never be served.
@@ -251,35 +260,44 @@ class Engine:
         self.core.scheduler.require_room(request.prompt)
         if request.session is not None and not self.has_session(request.session):
             raise RequestError("The session is not known here; it may have been closed.", param="session")
-        self._enter_queue()
+        self._enter_queue(len(listeners))
+        streams = [self._stream_for(listener) for listener in listeners]
+        if not self._post(lambda: self.core.submit(request, self._session_of(request), *streams)):
+            self._leave_queue(len(listeners))
+            raise Unavailable(f"{self.detail}.")
+        return streams
 
+    def _stream_for(self, listener: Listener | None) -> Stream:
         def hear(delta: Delta) -> None:
             if delta.state == "done":
-                self._leave_queue()
+                self._leave_queue(1)
             if listener is not None:
                 listener(delta)
 
         stream = Stream(lambda: self._post(lambda: self.core.cancel(stream)), hear)
-        if not self._post(lambda: self.core.submit(request, self._session_of(request), stream)):
-            self._leave_queue()
-            raise Unavailable(f"{self.detail}.")
         return stream
+
+    def keep_reply(self, key: str, choice: int) -> None:
+        """Go on from one reply of a session's turn: the others end, and give their blocks back."""
+        session = self._sessions.use(key)
+        if session is not None:
+            self._post(lambda: self.core.keep(session, choice))
 
     def _session_of(self, request: Request) -> "Session | None":
         if request.session is None:
             return self._sessions.passing(request.owner)
         return self._sessions.use(request.session)
 
-    def _enter_queue(self) -> None:
+    def _enter_queue(self, replies: int) -> None:
         limit = self.settings.max_sequences + self.settings.max_queue
         with self._lock:
-            if self._open_requests >= limit:
+            if self._open_replies + replies > limit:
                 raise Busy(f"{limit} requests are running or waiting, which is the most; please try again later.")
-            self._open_requests += 1
+            self._open_replies += replies
 
-    def _leave_queue(self) -> None:
+    def _leave_queue(self, replies: int) -> None:
         with self._lock:
-            self._open_requests -= 1
+            self._open_replies -= replies
 
     def _require_ready(self) -> None:
         if self.status != "ready":

@@ -90,6 +90,11 @@ class BlockTable:
         self._write(count)
         return copied
 
+    @property
+    def must_copy(self) -> bool:
+        """Whether the next token's slot is in a block that must be copied first."""
+        return self.length % self.pool.block_size != 0 and self._must_copy_last(0)
+
     def _must_copy_last(self, more: int) -> bool:
         """Whether the write rule asks for a copy of the last block, given that `more` new blocks are needed too."""
         pool, block = self.pool, self.blocks[-1]

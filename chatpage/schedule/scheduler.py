@@ -119,9 +119,8 @@ class Scheduler:
 
     def tables(self) -> list[BlockTable]:
         """Every table that holds blocks, for `BlockPool.check`."""
-        rested = [session.resting for session in self.resting]
-        live = [*self.running, *self.preempted, *self.waiting, *rested]
-        return [sequence.table for sequence in live if sequence is not None]
+        rested = [sequence for session in self.resting for sequence in session.resting]
+        return [sequence.table for sequence in (*self.running, *self.preempted, *self.waiting, *rested)]
 
     # -- arrival and end ------------------------------------------------------------------------------------------
 
@@ -160,10 +159,23 @@ class Scheduler:
             # Having been away earns no credit: start level with the least served of those who are here.
             here = {s.session for s in (*self.running, *self.preempted, *self.waiting)}
             session.served = max(session.served, min((other.served for other in here), default=0))
-        session.active += 1
+        self._queue(sequence)
+        return sequence
+
+    def submit_reply(self, origin: Sequence, choice: int) -> Sequence:
+        """Queue another reply to a prompt that was just submitted. It forks the table of `origin`, the first reply."""
+        session, prompt = origin.session, Prompt(tuple(origin.tokens), origin.system_tokens)
+        number = next(self._ids)
+        table = BlockTable(self.pool, number, session.domain, prompt.system_tokens)
+        sequence = Sequence(number, session, prompt, origin.params, table, seed=origin.seed, limit=origin.limit)
+        sequence.origin, sequence.choice = origin, choice
+        self._queue(sequence)
+        return sequence
+
+    def _queue(self, sequence: Sequence) -> None:
+        sequence.session.active += 1
         self.waiting.append(sequence)
         self._become(sequence, "queued", "submitted")
-        return sequence
 
     def end(self, sequence: Sequence, reason: str) -> None:
         """The turn is over, and well. Its table rests, or is released. Harmless the second time.
@@ -225,8 +237,9 @@ class Scheduler:
         holders = [s for s in self.running if s not in culprits and suspects.intersection(s.table.blocks)]
         for holder in holders:
             self.preempt(holder, "a block that it held failed")
-        for session in [s for s in self.resting if s.resting and suspects.intersection(s.resting.table.blocks)]:
-            self.wake(session, "a block that it held failed")
+        for sequence in [s for session in self.resting for s in session.resting]:
+            if suspects.intersection(sequence.table.blocks):
+                self._wake(sequence, "a block that it held failed")
         return culprits, holders
 
     def _dequeue(self, sequence: Sequence) -> None:
@@ -238,22 +251,36 @@ class Scheduler:
 
     def _rest_on(self, session: Session, reason: str) -> None:
         """A turn left nothing behind. If it never began, the turn before it rests as before."""
-        if session.resting is not None:
-            self.events.emit("state", reason, sequence=session.resting.id, session=session.id, state="resting")
+        if session.resting and not session.active:
+            self.events.emit("state", reason, sequence=session.resting[-1].id, session=session.id, state="resting")
 
     def _rest(self, sequence: Sequence, reason: str) -> None:
         session = sequence.session
-        session.resting, session.rested_at = sequence, time.monotonic()
+        session.resting.append(sequence)
+        session.rested_at = time.monotonic()
         self.resting[session] = None
-        self._become(sequence, "resting", reason)
+        self.resting.move_to_end(session)
+        sequence.state = "resting"
+        self._rest_on(session, reason)
 
-    def wake(self, session: Session, reason: str) -> None:
-        """Release a session's resting table. What is written in it stays findable."""
-        rested = session.resting
-        if rested is not None:
-            session.resting = None
+    def wake(self, session: Session, reason: str, *, but: int | None = None) -> None:
+        """Release a session's resting tables, but for those of one turn. What is written in them stays findable."""
+        for sequence in session.resting[:]:
+            if sequence.turn != but:
+                self._wake(sequence, reason)
+
+    def keep(self, session: Session, choice: int) -> None:
+        """Release the resting tables of all replies but one."""
+        for sequence in session.resting[:]:
+            if sequence.choice != choice:
+                self._wake(sequence, "another reply was chosen")
+
+    def _wake(self, sequence: Sequence, reason: str) -> None:
+        session = sequence.session
+        session.resting.remove(sequence)
+        if not session.resting:
             del self.resting[session]
-            self._leave(rested, reason)
+        self._leave(sequence, reason)
 
     def _leave(self, sequence: Sequence, reason: str) -> None:
         sequence.table.release(reason)
@@ -325,10 +352,10 @@ class Scheduler:
     def _sits_out(sequence: Sequence) -> bool:
         """Whether it has nothing to do before its next token is known.
 
-        It is the last one; or it is drawn by a chunk that writes nothing, after which the first write may put a copy in
-        a block's place: should that chunk fail, the block that it read must still be in the table (`distrust`).
+        It is the last one; or a copy would be put in the place of a block that the step in flight reads or writes,
+        which must still be in the table should that step fail (`distrust`).
         """
-        return sequence.length == sequence.limit or sequence.computed == sequence.table.length
+        return sequence.length == sequence.limit or sequence.table.must_copy
 
     def _append(self, sequence: Sequence, count: int, step: Step) -> bool:
         """Slots for `count` more tokens of a running sequence, at the cost of others where it must be."""
@@ -388,16 +415,21 @@ class Scheduler:
             if not budget or not places:
                 break
             places -= 1  # also for one that waits for a block: it is not overtaken for good
-            if self._awaits_block(sequence):
+            if self._awaits_block(sequence) or self._awaits_prompt(sequence):
                 continue
-            matches = sequence.table.matches(sequence.tokens)
-            if self._must_await(sequence, matches):
-                continue
-            if not self._has_room(sequence, matches):
-                if not self.running:
-                    step.exhausted.append(sequence)  # it would have the pool for itself, so it will never fit
-                break
-            self._admit(sequence, matches)
+            if self._may_fork(sequence):
+                if not (self.pool.available or self.resting):  # its first write copies a block
+                    break
+                self._admit(sequence, self._fork(sequence))
+            else:
+                matches = sequence.table.matches(sequence.tokens)
+                if self._must_await(sequence, matches):
+                    continue
+                if not self._has_room(sequence, matches):
+                    if not self.running:
+                        step.exhausted.append(sequence)  # it would have the pool for itself, so it will never fit
+                    break
+                self._admit(sequence, sequence.table.take(matches))
             ran = self._run(sequence, budget, step)
             if not ran:  # it had to make way again at once
                 break
@@ -415,9 +447,9 @@ class Scheduler:
             left.remove(chosen)
             yield chosen
 
-    def _admit(self, sequence: Sequence, matches: list[tuple[Node, int]]) -> None:
-        """Start a sequence from what is found already."""
-        sequence.computed = sequence.table.take(matches)
+    def _admit(self, sequence: Sequence, found: int) -> None:
+        """Start a sequence from the tokens that its table has already."""
+        sequence.computed = found
         if sequence.cached is None:
             sequence.cached = sequence.computed
             self._admitted += 1
@@ -425,7 +457,7 @@ class Scheduler:
         queue.remove(sequence)
         self.running.append(sequence)
         self.running.sort(key=lambda s: s.id)
-        self.wake(sequence.session, "the next turn goes on from it")
+        self.wake(sequence.session, "the next turn goes on from it", but=sequence.turn)
 
     def _awaits_block(self, sequence: Sequence) -> bool:
         """Whether it is known to wait, and the block is still to come."""
@@ -433,6 +465,26 @@ class Scheduler:
             return False
         other, end = sequence.awaits
         return other.is_running and other.computed < end
+
+    @staticmethod
+    def _awaits_prompt(sequence: Sequence) -> bool:
+        """Whether the first reply has still to compute the prompt that this one will fork."""
+        origin = sequence.origin
+        if origin is None or sequence.state != "queued":
+            return False
+        return origin.state not in ("resting", "done") and origin.computed < sequence.prompt_length
+
+    @staticmethod
+    def _may_fork(sequence: Sequence) -> bool:
+        """Whether the first reply has the whole prompt in its table. (If it has ended, it is found by its content.)"""
+        return sequence.origin is not None and sequence.state == "queued" and sequence.origin.is_running
+
+    def _fork(self, sequence: Sequence) -> int:
+        """Share the blocks of the prompt, its last one too. Returns how many tokens they hold."""
+        assert sequence.origin is not None
+        table, at = sequence.origin.table, sequence.prompt_length
+        sequence.table = table.fork(sequence.id, at, session=sequence.session.id)
+        return at
 
     def _must_await(self, sequence: Sequence, matches: list[tuple[Node, int]]) -> bool:
         """Whether a running sequence fills the block that would be found next, and will publish it."""
@@ -452,7 +504,7 @@ class Scheduler:
 
     def _held_by_resting(self) -> set[int]:
         """The blocks that nobody but resting tables holds."""
-        tables = [session.resting.table for session in self.resting if session.resting]
+        tables = [sequence.table for session in self.resting for sequence in session.resting]
         counts = Counter(block for table in tables for block in table.blocks)
         return {block for block, n in counts.items() if n == self.pool.ref[block] and block not in self.pool.pinned}
 

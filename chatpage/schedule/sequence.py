@@ -30,18 +30,22 @@ class Sequence:
         draws: whether a token is drawn after the last one; a system prompt's own sequence only fills blocks.
         looks_back: whether a token can only be drawn once the one before it is known here, not only on the device. No
             step that draws for it stays in flight. Whatever else needs that says so here.
+        origin: another reply to the same prompt, whose table it forks when the prompt is computed; None is the first.
+        choice: which of the replies it is, from 0 on.
         awaits: another sequence that fills a block which this one needs too, and the number of its tokens by then.
     """
 
     __slots__ = (
         "awaits",
         "cached",
+        "choice",
         "computed",
         "draws",
         "id",
         "life",
         "limit",
         "looks_back",
+        "origin",
         "params",
         "pending",
         "prompt_length",
@@ -75,6 +79,8 @@ class Sequence:
         self.seed = seed
         self.draws = draws
         self.limit = limit
+        self.origin: Sequence | None = None
+        self.choice = 0
         self.looks_back = params.penalizes
         self.computed = 0
         self.pending = 0
@@ -87,6 +93,11 @@ class Sequence:
         """What steps in flight compute for it does not count any more."""
         self.life += 1
         self.pending = 0
+
+    @property
+    def turn(self) -> int:
+        """What all replies to one prompt have in common."""
+        return self.id if self.origin is None else self.origin.id
 
     @property
     def is_running(self) -> bool:

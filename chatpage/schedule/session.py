@@ -1,7 +1,7 @@
 """A session, as the scheduler knows it: who waits, who has had how much, whose table rests."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,10 +15,10 @@ class Session:
     Attributes:
         id: pseudonym that events carry.
         domain: the sharing domain of the blocks after the system prompt.
-        keeps: whether the table rests when a turn ends; otherwise it is released.
+        keeps: whether tables rest when a turn ends; otherwise they are released.
         served: tokens computed for it so far; who has had least is admitted first.
-        resting: the last turn, whose table keeps its references until the next one.
-        rested_at: when that turn ended, in seconds of the monotonic clock.
+        resting: the last turn, whose tables keep their references until the next one: one for each reply.
+        rested_at: when the last of them ended, in seconds of the monotonic clock.
     """
 
     id: int
@@ -26,5 +26,5 @@ class Session:
     keeps: bool = True
     served: int = 0
     active: int = 0
-    resting: "Sequence | None" = None
+    resting: "list[Sequence]" = field(default_factory=list)
     rested_at: float = 0.0

@@ -140,7 +140,7 @@ def assert_clean(engine: Engine) -> None:
     inside(engine, engine.core.check)
     scheduler = engine.core.scheduler
     queues = scheduler.running, scheduler.waiting, scheduler.preempted, scheduler.resting
-    assert not any([*queues, engine.core.turns, engine._sessions, engine._sessions._keys, engine._open_requests])
+    assert not any([*queues, engine.core.turns, engine._sessions, engine._sessions._keys, engine._open_replies])
     assert sum(engine.core.pool.ref) == 0
     assert engine.core.view.sessions == {}
 

@@ -246,13 +246,14 @@ def test_after_a_stop_nothing_of_the_turn_runs_and_its_table_rests(engine: Engin
     steps = Steps(engine)
     (session,) = engine.core.scheduler.resting
     assert session.id == conversation.session.id
-    assert session.resting is not None
-    table = session.resting.table
+    [rested] = session.resting
+    table = rested.table
     assert table.length == delta.prompt_tokens + delta.completion_tokens - 1, "the last drawn token never ran"
     assert blocks(engine)["resting"] == len(table.blocks) - len(engine.systems[0].tokens) // engine.block_size
     read(ask(engine, "Another one", greedy(5)))
     assert not {row.table[-1] for rows in steps.rows for row in rows} & set(table.blocks)
-    assert session.resting.table is table
+    assert session.resting == [rested]
+    assert rested.table is table
 
 
 def test_a_closed_session_holds_nothing(engine: Engine) -> None:

@@ -23,6 +23,7 @@ class Before:
     era: int
     admitted: int  # new ones, so far
     budget: int  # tokens
+    copying: set[Sequence]  # whose next token needs a copy of the block that it goes into
 
     def pending(self, sequence: Sequence) -> int:
         """How many tokens it will have which nobody knows yet."""
@@ -32,10 +33,8 @@ class Before:
         return len(sequence.tokens) + self.pending(sequence)
 
     def sits_out(self, sequence: Sequence) -> bool:
-        """Whether its last token is on its way, or one that is drawn for what was found."""
-        return bool(self.pending(sequence)) and (
-            self.length(sequence) == sequence.limit or not self.in_flight[sequence].stores
-        )
+        """Whether its last token is on its way, or one before a copy."""
+        return bool(self.pending(sequence)) and (self.length(sequence) == sequence.limit or sequence in self.copying)
 
 
 class Clerk:
@@ -71,7 +70,15 @@ class Clerk:
             self.era(),
             self.admitted,
             self._budget(),
+            {sequence for sequence in scheduler.running if self._copies(sequence)},
         )
+
+    def _copies(self, sequence: Sequence) -> bool:
+        table, pool = sequence.table, self.pool
+        if table.length % pool.block_size == 0 or not pool.needs_copy(table.blocks[-1]):
+            return False
+        others = pool.ref[table.blocks[-1]] > 1 or table.blocks[-1] in pool.pinned
+        return others or pool.available > 0
 
     def _budget(self) -> int:
         """All that is allowed; half of it while somebody decodes, or twice what all decodes take."""
@@ -109,9 +116,12 @@ class Clerk:
 
     def _check_running(self, before: Before, step: Step) -> None:
         """All who run are in the step, oldest first, but for the newest, whose blocks others need."""
-        gone = {*step.preempted, *step.exhausted, *filter(before.sits_out, before.running)}
-        kept = [s for s in before.running if s not in gone]
         chosen = [chunk.sequence for chunk in step.chunks if chunk.sequence in before.running]
+        for sequence in chosen:
+            assert not (before.pending(sequence) and before.length(sequence) == sequence.limit), "after its last token"
+        idle = {s for s in before.running if before.sits_out(s) and s not in chosen}
+        gone = {*step.preempted, *step.exhausted, *idle}
+        kept = [s for s in before.running if s not in gone]
         assert chosen == kept[: len(chosen)], "not the oldest first"
         assert chosen or not kept or step.lacks_room, "the oldest makes no progress"
         if step.lacks_room:

@@ -134,7 +134,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         return [*self.scheduler.running, *self.scheduler.preempted, *self.scheduler.waiting]
 
     def rested(self) -> list[Sequence]:
-        return [session.resting for session in self.scheduler.resting if session.resting]
+        return [sequence for session in self.scheduler.resting for sequence in session.resting]
 
     def submit(self, session: Session, prompt: Prompt, count: int) -> Sequence | None:
         if session.keeps and session.active:  # the engine refuses a second turn of a session
@@ -173,11 +173,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def go_on(self, visitor: int, said: list[int], count: int, regrets: bool, fails: bool) -> None:
         """The next turn of a session whose table rests; or it ends before it began, and that table rests as before."""
         session = self.visitors[visitor % VISITORS]
-        if last := session.resting:
+        if rested := session.resting[:]:
+            last = rested[count % len(rested)]
             sequence = self.submit(session, Prompt((*last.tokens, *said), last.system_tokens), count)
             if sequence and regrets:
                 (self.scheduler.fail if fails else self.scheduler.end)(sequence, "ended early")
-                assert session.resting is last
+                assert session.resting == rested
 
     @rule(who=WHO, visitor=WHO, back=st.integers(0, 12), said=st.lists(TOKENS, max_size=9), count=COUNTS)
     def fork(self, who: int, visitor: int, back: int, said: list[int], count: int) -> None:
@@ -268,17 +269,18 @@ class SchedulerMachine(RuleBasedStateMachine):
             if sequence.session is session:
                 self.scheduler.end(sequence, "abort")
         self.scheduler.wake(session, "the session was closed")
-        assert session.resting is None
+        assert not session.resting
         assert session.active == 0
 
     @rule(number=st.integers(1, VISITORS))
     def expire(self, number: int) -> None:
         """The tables that rest longest are given back; what is written in them stays findable."""
         for session in list(self.scheduler.resting)[:number]:
-            last = session.resting
-            assert last is not None
+            rested = session.resting[:]
+            assert rested
             self.scheduler.wake(session, "the session expired")
-            assert (session.resting, last.state, list(last.table.blocks)) == (None, "done", [])
+            assert not session.resting
+            assert all((last.state, list(last.table.blocks)) == ("done", []) for last in rested)
 
     @rule(visitor=WHO, domain=st.sampled_from("abcd"), keeps=st.booleans())
     def change_domain(self, visitor: int, domain: str, keeps: bool) -> None:
@@ -479,14 +481,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all((s.state, list(s.table.blocks)) == ("queued", []) for s in scheduler.waiting)
         for session in scheduler.resting:
             assert session.keeps
-            assert session.resting is not None
-            assert session.resting.state == "resting"
+            assert session.resting
+            assert all(sequence.state == "resting" for sequence in session.resting)
         live = Counter(s.session for s in self.live())
-        busy = {s.session for s in scheduler.running}
         for session in self.visitors:
             assert session.active == live[session]
-            assert (session.resting is not None) == (session in scheduler.resting)
-            assert not (session in busy and session.resting), "the last turn's table rests although the next one runs"
+            assert bool(session.resting) == (session in scheduler.resting)
+            running = {sequence.turn for sequence in scheduler.running if sequence.session is session}
+            rested = {sequence.turn for sequence in session.resting}
+            assert rested <= running or not running, "the last turn's table rests although the next one runs"
 
     def replayed_events_give_the_state(self) -> None:
         view, pool = self.view, self.pool
