@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 
 from chatpage.schedule.request import Delta
 
@@ -85,6 +85,26 @@ class Stream(AsyncIterator[Delta]):
                 self._lock.wait_for(lambda: self._pending)
                 deltas = self._take()
             yield Delta.merged(deltas)
+
+
+async def side_by_side(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Delta]]:
+    """The deltas of several streams as they come, each with the index of its stream."""
+    if len(streams) == 1:
+        async for delta in streams[0]:
+            yield 0, delta
+        return
+    awaited = {asyncio.ensure_future(anext(stream)): index for index, stream in enumerate(streams)}
+    try:
+        while awaited:
+            come, _ = await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+            for task in come:
+                index = awaited.pop(task)
+                with contextlib.suppress(StopAsyncIteration):
+                    yield index, task.result()
+                    awaited[asyncio.ensure_future(anext(streams[index]))] = index
+    finally:
+        for task in awaited:
+            task.cancel()
 
 
 def _set_ready(streams: list[Stream]) -> None:

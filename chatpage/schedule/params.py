@@ -7,6 +7,7 @@ from chatpage.errors import RequestError
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 64
 MAX_TOKEN_IDS = 1024
+MAX_REPLIES = 8
 MAX_LOGPROBS = 20
 MAX_BIAS = 100
 

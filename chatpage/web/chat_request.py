@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from chatpage.errors import RequestError
-from chatpage.schedule.params import MAX_LOGPROBS, SamplingParams, require_whole
+from chatpage.schedule.params import MAX_LOGPROBS, MAX_REPLIES, SamplingParams, require_whole
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +18,6 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # Fields that would change the answer and that this version does not obey, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -65,6 +64,7 @@ PLAIN = (
 )
 USED = {
     "messages",
+    "n",
     "model",
     "stream",
     "stream_options",
@@ -95,6 +95,7 @@ class ChatRequest:
 
     messages: list[dict[str, str]]
     params: SamplingParams
+    replies: int
     model: str | None
     stream: bool
     include_usage: bool
@@ -112,6 +113,7 @@ def parse(body: bytes) -> ChatRequest:
     return ChatRequest(
         messages=_messages(fields.get("messages")),
         params=_params(fields),
+        replies=_replies(fields.get("n")),
         model=_model(fields),
         stream=stream,
         include_usage=_include_usage(fields.get("stream_options"), stream),
@@ -229,6 +231,13 @@ def _params(fields: dict[str, Any]) -> SamplingParams:
         stop_token_ids=_stop_token_ids(fields.get("stop_token_ids")),
     )
     return replace(params, temperature=0) if 0 < params.temperature < NEARLY_GREEDY else params
+
+
+def _replies(value: Any) -> int:
+    if value is None:
+        return 1
+    require_whole("n", value, 1, MAX_REPLIES)
+    return value
 
 
 def _max_tokens(fields: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import anyio
@@ -23,7 +23,7 @@ from chatpage.engine import Engine
 from chatpage.errors import Unavailable
 from chatpage.schedule.request import Delta, Logprob, Prompt, Request
 from chatpage.settings import Settings
-from chatpage.stream import Stream
+from chatpage.stream import Stream, side_by_side
 from chatpage.text.token_text import TokenTexts
 from chatpage.web.chat_request import ChatRequest, parse
 from chatpage.web.errors import Refusal, as_refusal, error_body
@@ -47,20 +47,29 @@ class Answer:
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def chunk(self, delta: dict[str, str], logprobs: Sequence[Logprob] = (), finish_reason: str | None = None) -> bytes:
+    def chunk(
+        self,
+        index: int,
+        delta: dict[str, str],
+        logprobs: Sequence[Logprob] = (),
+        finish_reason: str | None = None,
+    ) -> bytes:
         named = self._logprobs(logprobs) if logprobs else None
-        choice = {"index": 0, "delta": delta, "logprobs": named, "finish_reason": finish_reason}
+        choice = {"index": index, "delta": delta, "logprobs": named, "finish_reason": finish_reason}
         return self._chunk([choice], {"usage": None} if self.include_usage else {})
 
-    def usage_chunk(self, last: Delta) -> bytes:
-        return self._chunk([], {"usage": usage(last)})
+    def usage_chunk(self, replies: Sequence[Delta]) -> bytes:
+        return self._chunk([], {"usage": usage(replies)})
 
-    def whole(self, total: Delta) -> dict[str, Any]:
-        """The body of an answer that is not streamed, from all its deltas as one."""
+    def whole(self, replies: Sequence[Delta]) -> dict[str, Any]:
+        """The body of an answer that is not streamed, from all deltas of each reply as one."""
+        choices = [self._choice(index, total) for index, total in enumerate(replies)]
+        return {**self._head("chat.completion"), "choices": choices, "usage": usage(replies)}
+
+    def _choice(self, index: int, total: Delta) -> dict[str, Any]:
         message = {"role": "assistant", "content": total.text, "refusal": None}
         logprobs = self._logprobs(total.logprobs)
-        choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": total.finish_reason}
-        return {**self._head("chat.completion"), "choices": [choice], "usage": usage(total)}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": total.finish_reason}
 
     def _logprobs(self, logprobs: Sequence[Logprob]) -> dict[str, Any] | None:
         """One entry for each token that was drawn, those of the end included, which are not shown."""
@@ -170,14 +179,14 @@ class Api:
         asked, prompt = await asyncio.to_thread(self._read, body)
         texts = None if asked.params.logprobs is None else self.texts
         with self._opened_session(request) as session:
-            stream, finish = self._submit(prompt, asked, session)
+            streams, finish = self._submit(prompt, asked, session)
         answer = Answer(self.engine.model_name, asked.include_usage, texts)
         headers = {SESSION_HEADER: session} if session else {}
         if asked.stream:
-            chunks = self._chunks(stream, answer)
-            return StreamedAnswer(chunks, headers, stop=stream.cancel, finish=finish)
+            chunks = self._chunks(streams, answer)
+            return StreamedAnswer(chunks, headers, stop=partial(_cancel, streams), finish=finish)
         try:
-            return await self._whole(request, stream, answer, headers)
+            return await self._whole(request, streams, answer, headers)
         finally:
             finish()
 
@@ -219,40 +228,48 @@ class Api:
                 self.engine.close_session(key)
                 raise
 
-    def _submit(self, prompt: Prompt, asked: ChatRequest, session: str | None) -> tuple[Stream, Callable[[], None]]:
-        """Start the request. Returns its stream, and what must be called at its end, whatever that is."""
+    def _submit(
+        self, prompt: Prompt, asked: ChatRequest, session: str | None
+    ) -> tuple[list[Stream], Callable[[], None]]:
+        """Start the request. Returns a stream for each reply, and what must be called at its end, whatever that is."""
         if session in self.busy:
             raise Refusal(409, "This session has a turn that is still running; wait for it.", code="session_busy")
-        stream = self.engine.stream(Request(prompt, asked.params, session=session, owner=self.api_key))
+        request = Request(prompt, asked.params, session=session, owner=self.api_key)
+        streams = self.engine.streams(request, [None] * asked.replies)
         if session is not None:
             self.busy.add(session)
 
         def finish() -> None:
-            stream.cancel()
+            _cancel(streams)
             self.busy.discard(session or "")
 
-        return stream, finish
+        return streams, finish
 
-    async def _chunks(self, stream: Stream, answer: Answer) -> AsyncIterator[bytes]:
-        """The events of a streamed answer: a role, text as it comes, one ending or one error, and `[DONE]`.
+    async def _chunks(self, streams: list[Stream], answer: Answer) -> AsyncIterator[bytes]:
+        """The events of a streamed answer: for each reply a role, text as it comes and an ending; at last `[DONE]`.
+
+        Where a reply fails, an error is the last event before that.
 
         A chunk of text brings the log-probabilities of all tokens so far: they come with their text, or before it where
         the end of a token's text is still held back. Tokens that have no text wait for the next one that has; the last
         of them, like the end of turn, come with the ending.
         """
-        yield answer.chunk({"role": "assistant", "content": ""})
+        for index in range(len(streams)):
+            yield answer.chunk(index, {"role": "assistant", "content": ""})
         try:
-            logprobs: list[Logprob] = []
-            async for delta in stream:
-                logprobs += delta.logprobs
+            logprobs: list[list[Logprob]] = [[] for _ in streams]
+            lasts: dict[int, Delta] = {}
+            async for index, delta in side_by_side(streams):
+                logprobs[index] += delta.logprobs
                 if delta.text:
-                    yield answer.chunk({"content": delta.text}, logprobs)
-                    logprobs = []
+                    yield answer.chunk(index, {"content": delta.text}, logprobs[index])
+                    logprobs[index] = []
                 if delta.state == "done":
                     self._raise_if_failed(delta)
-                    yield answer.chunk({}, logprobs, delta.finish_reason)
-                    if answer.include_usage:
-                        yield answer.usage_chunk(delta)
+                    yield answer.chunk(index, {}, logprobs[index], delta.finish_reason)
+                    lasts[index] = delta
+            if answer.include_usage:
+                yield answer.usage_chunk([lasts[index] for index in range(len(streams))])
         except Exception as error:
             refusal = as_refusal(error)
             if not isinstance(error, Refusal):
@@ -260,15 +277,19 @@ class Api:
             yield sse(error_body(refusal.status_code, refusal.detail, code=refusal.code))
         yield DONE
 
-    async def _whole(self, request: HttpRequest, stream: Stream, answer: Answer, headers: dict[str, str]) -> Response:
-        watch = asyncio.create_task(_cancel_when_client_leaves(request, stream))
+    async def _whole(
+        self, request: HttpRequest, streams: list[Stream], answer: Answer, headers: dict[str, str]
+    ) -> Response:
+        watch = asyncio.create_task(_cancel_when_client_leaves(request, streams))
+        replies: list[Delta] = []
         try:
-            total = Delta.merged([delta async for delta in stream])
+            for stream in streams:
+                replies.append(Delta.merged([delta async for delta in stream]))
+                self._raise_if_failed(replies[-1])
         finally:
             watch.cancel()
-        self._raise_if_failed(total)
         # A thousand tokens with twenty alternatives each take a tenth of a second to name and write.
-        return await asyncio.to_thread(lambda: JSONResponse(answer.whole(total), headers=headers))
+        return await asyncio.to_thread(lambda: JSONResponse(answer.whole(replies), headers=headers))
 
     def _raise_if_failed(self, last: Delta) -> None:
         if last.finish_reason == "error":
@@ -289,12 +310,14 @@ def bearer(request: HttpRequest) -> str:
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
-def usage(last: Delta) -> dict[str, Any]:
+def usage(replies: Sequence[Delta]) -> dict[str, Any]:
+    """What the last deltas of all replies to one prompt say; the prompt counts once."""
+    first, completion = replies[0], sum(last.completion_tokens for last in replies)
     return {
-        "prompt_tokens": last.prompt_tokens,
-        "completion_tokens": last.completion_tokens,
-        "total_tokens": last.prompt_tokens + last.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": last.cached_tokens},
+        "prompt_tokens": first.prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": first.prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": first.cached_tokens},
     }
 
 
@@ -302,7 +325,12 @@ def sse(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
 
 
-async def _cancel_when_client_leaves(request: HttpRequest, stream: Stream) -> None:
+async def _cancel_when_client_leaves(request: HttpRequest, streams: list[Stream]) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    stream.cancel()
+    _cancel(streams)
+
+
+def _cancel(streams: list[Stream]) -> None:
+    for stream in streams:
+        stream.cancel()

@@ -10,7 +10,7 @@ from chatpage.stream import Stream
 
 
 class FakeEngine:
-    """What the web relies on. `requests` are the ones that came; `say` sends one of them a delta."""
+    """What the web relies on. `requests` are the ones that came; `say` sends one of their replies a delta."""
 
     def __init__(self) -> None:
         self.status = "ready"
@@ -19,7 +19,7 @@ class FakeEngine:
         self.sharing = "all"
         self.systems: list[Any] = []
         self.requests: list[Request] = []
-        self.streams: list[Stream] = []
+        self.made: list[Stream] = []
         self.cancelled: set[int] = set()
         self.refusal: Exception | None = None
         self.keys: set[str] = set()
@@ -48,23 +48,25 @@ class FakeEngine:
     def has_session(self, key: str) -> bool:
         return key in self.keys
 
-    def stream(self, request: Request) -> Stream:
+    def streams(self, request: Request, listeners: list[None]) -> list[Stream]:
         if self.refusal is not None:
             raise self.refusal
-        number = len(self.streams)
+        self.requests.append(request)
+        return [self._stream() for _ in listeners]
+
+    def _stream(self) -> Stream:
+        number = len(self.made)
 
         def cancel() -> None:
             self.cancelled.add(number)
             self.say(number, Delta("done", finish_reason="abort"))
 
-        stream = Stream(cancel)
-        self.requests.append(request)
-        self.streams.append(stream)
-        return stream
+        self.made.append(Stream(cancel))
+        return self.made[-1]
 
     def say(self, number: int, delta: Delta) -> None:
-        self.streams[number].put(delta)
-        Stream.wake([self.streams[number]])
+        self.made[number].put(delta)
+        Stream.wake([self.made[number]])
 
     def subscribe(self, listener: Callable[..., None]) -> None:
         listener(self.snapshot, [])

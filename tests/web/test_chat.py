@@ -41,6 +41,32 @@ def test_a_stream_is_the_same_text_as_the_whole(served: Served):
     assert sum(chunk.choices[0].finish_reason is not None for chunk in chunks if chunk.choices) == 1
 
 
+def test_several_replies(served: Served):
+    """Each is what it is in a stream; the prompt counts once, and each reply has its own end and log-probabilities."""
+    wishes: dict = {"n": 3, "temperature": 1.5, "seed": 4, "max_tokens": 12, "logprobs": True, "top_logprobs": 2}
+    whole = ask(served, **wishes)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    texts = [choice.message.content for choice in whole.choices]
+    assert len(set(texts)) == 3
+    assert all(choice.finish_reason in ("stop", "length") for choice in whole.choices)
+    counts = [len(choice.logprobs.content) for choice in whole.choices]
+    assert whole.usage.completion_tokens == sum(counts)
+    alone = ask(served, **wishes | {"n": 1})
+    assert alone.choices[0].message.content == texts[0]
+    assert alone.usage.prompt_tokens == whole.usage.prompt_tokens
+
+    chunks = list(ask(served, stream=True, stream_options={"include_usage": True}, **wishes))
+    *parts, counted = chunks
+    for index in range(3):
+        mine = [chunk.choices[0] for chunk in parts if chunk.choices[0].index == index]
+        assert mine[0].delta.role == "assistant"
+        assert "".join(choice.delta.content or "" for choice in mine) == texts[index]
+        assert [choice.finish_reason for choice in mine if choice.finish_reason] == [whole.choices[index].finish_reason]
+        assert sum(len(choice.logprobs.content) for choice in mine if choice.logprobs) == counts[index]
+    assert counted.usage.completion_tokens == sum(counts)
+    assert counted.usage.prompt_tokens == whole.usage.prompt_tokens
+
+
 def test_a_stream_has_only_data_and_ends_with_done(served: Served):
     body = {"messages": HELLO, "max_tokens": 3, "stream": True}
     lines = [line for line in httpx.post(served.url + CHAT, json=body).text.split("\n") if line]
@@ -152,12 +178,14 @@ def test_log_probabilities_of_a_stream_come_with_their_text_or_before(served: Se
     assert held, "nothing was held back"
 
 
-def test_a_stop_token_is_told_with_the_ending(served: Served):
+def test_a_stop_token_is_told_at_the_end(served: Served):
+    """With the ending, or with the last text where both come at once."""
     stop = drawn(served)[5]
     wishes = {"logprobs": True, "extra_body": {"stop_token_ids": [stop]}}
-    *_, last = ask(served, stream=True, **wishes)
-    assert last.choices[0].finish_reason == "stop"
-    assert [entry.token for entry in last.choices[0].logprobs.content] == [served.engine.core.token_text(stop)]
+    choices = [chunk.choices[0] for chunk in ask(served, stream=True, **wishes)]
+    assert choices[-1].finish_reason == "stop"
+    entries = [entry for choice in choices if choice.logprobs for entry in choice.logprobs.content]
+    assert entries[-1].token == served.engine.core.token_text(stop)
 
 
 def test_an_impossible_token_is_told_with_a_finite_number(fake: tuple[str, FakeEngine]):
@@ -235,8 +263,27 @@ def test_leaving_while_the_request_waits(fake: tuple[str, FakeEngine]):
     leave_before_the_answer(url, {"messages": HELLO})
     wait_until(lambda: engine.cancelled == {0})
     with httpx.stream("POST", url + CHAT, json={"messages": HELLO, "stream": True}):
-        wait_until(lambda: len(engine.streams) == 2)
+        wait_until(lambda: len(engine.made) == 2)
     wait_until(lambda: engine.cancelled == {0, 1})
+
+
+def test_leaving_ends_all_replies(fake: tuple[str, FakeEngine]):
+    url, engine = fake
+    leave_before_the_answer(url, {"messages": HELLO, "n": 3})
+    wait_until(lambda: engine.cancelled == {0, 1, 2})
+    with httpx.stream("POST", url + CHAT, json={"messages": HELLO, "stream": True, "n": 2}):
+        wait_until(lambda: len(engine.made) == 5)
+        engine.say(3, Delta("done", text="Hi", finish_reason="stop"))
+    wait_until(lambda: engine.cancelled >= {0, 1, 2, 4})
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_reply_that_fails_ends_the_others(fake: tuple[str, FakeEngine], stream: bool):
+    url, engine = fake
+    threading.Timer(0.2, lambda: engine.say(0, Delta("done", finish_reason="error", error="The step failed."))).start()
+    answer = httpx.post(url + CHAT, json={"messages": HELLO, "n": 3, "stream": stream})
+    assert "The step failed." in answer.text
+    wait_until(lambda: engine.cancelled >= {1, 2})
 
 
 def test_leaving_at_once(fake: tuple[str, FakeEngine]):
@@ -252,7 +299,7 @@ def test_leaving_at_once(fake: tuple[str, FakeEngine]):
     for _ in range(10):
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(head.encode() + body)
-    wait_until(lambda: len(engine.streams) == 10)
+    wait_until(lambda: len(engine.made) == 10)
     wait_until(lambda: engine.cancelled == set(range(10)))
 
 
@@ -260,7 +307,7 @@ def test_an_error_in_a_stream_is_told_in_the_stream(fake: tuple[str, FakeEngine]
     url, engine = fake
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     stream = client.chat.completions.create(model="fake", messages=HELLO, stream=True)
-    wait_until(lambda: engine.streams)
+    wait_until(lambda: engine.made)
     engine.say(0, Delta("decode", text="Half an"))
     engine.say(0, Delta("done", finish_reason="error", error="The step failed."))
     with pytest.raises(openai.APIError, match="The step failed"):

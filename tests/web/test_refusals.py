@@ -97,6 +97,10 @@ def test_bodies_that_are_no_json_object(client: httpx.Client, body: bytes):
         ({"stop": [""]}, "stop"),
         ({"stop": ["a"] * 5}, "stop"),
         ({"stop": "a" * 65}, "stop"),
+        ({"n": 0}, "n"),
+        ({"n": 9}, "n"),
+        ({"n": True}, "n"),
+        ({"n": 2.0}, "n"),
         ({"stop": 3}, "stop"),
         ({"stop": [3]}, "stop"),
         ({"min_p": -0.1}, "min_p"),
@@ -149,8 +153,6 @@ def test_wrong_values(client: httpx.Client, change: dict[str, Any], param: str):
 @pytest.mark.parametrize(
     "change",
     [
-        {"n": 2},
-        {"n": True},
         {"best_of": 3},
         {"tools": [{"type": "function"}]},
         {"tool_choice": "required"},
