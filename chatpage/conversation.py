@@ -8,6 +8,7 @@ to branch add an exchange beside another one. What branches have in common is fo
 stored once.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -117,6 +118,23 @@ class Conversation:
         exchange = self._at(index)
         beside = self._beside(exchange)
         return Place(beside.index(exchange) + 1, len(beside))
+
+    @property
+    def partings(self) -> dict[int, Place]:
+        """The messages of the shown branch at which branches part, and which of those is shown.
+
+        Branches that begin with the same question part at its answer, any others at the question.
+        """
+        beside: dict[Exchange | None, list[Exchange]] = defaultdict(list)
+        for exchange in self._asked:
+            beside[exchange.before].append(exchange)
+        partings: dict[int, Place] = {}
+        for number, exchange in enumerate(self._exchanges):
+            others = beside[exchange.before]
+            if len(others) > 1:
+                again = all(other.question == exchange.question for other in others)
+                partings[2 * number + again] = Place(others.index(exchange) + 1, len(others))
+        return partings
 
     # -- asking ---------------------------------------------------------------------------------------------------
 

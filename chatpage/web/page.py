@@ -43,6 +43,7 @@ SHARING = {
     "system": "the system prompt is shared, messages are private",
     "off": "nothing is shared between sessions",
 }
+BUTTONS_JS = Path(__file__).with_name("page.js").read_text()
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; form-action 'self'"
 KEYS = "<kbd>Enter</kbd> sends · <kbd>Shift</kbd> <kbd>Enter</kbd> starts a line · <kbd>Esc</kbd> stops"
 
@@ -147,6 +148,7 @@ class Page:
 
     def _lay_out_chat(self) -> None:
         with gr.Column(elem_id="card"):
+            self.buttons = gr.HTML(_buttons(None), html_template="", js_on_load=BUTTONS_JS, elem_id="buttons")
             self.chat = gr.Chatbot(
                 label="Chat",
                 elem_id="chat",
@@ -207,16 +209,18 @@ class Page:
 
     def _wire(self) -> None:
         hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        # What may be refused goes through the queue: without it a toast does not reach the browser.
         many: dict[str, Any] = {**hidden, "concurrency_limit": None, "trigger_mode": "multiple"}
         wishes: set[Any] = {self.message, self.preset, self.prompt_text, *self._sampling()}
-        answer: list[Any] = [self.chat, self.message, self.status, self.viewer]
+        answer: list[Any] = [self.chat, self.buttons, self.message, self.status, self.viewer]
 
         self.message.submit(self.send, wishes, answer, **many)
         self.chat.example_select(self.ask_example, wishes, answer, **many)
         self.chat.retry(self.retry, wishes, answer, **many)
         self.chat.edit(self.edit, wishes, answer, **many)
+        self.buttons.click(self.press, None, answer, **many)
         self.message.stop(self.stop, None, None, queue=False, **hidden)
-        self.new.click(self.start_again, wishes, answer, queue=False, **hidden)
+        self.new.click(self.start_again, wishes, answer, **many)
         self.preset.input(self.show_prompt, self.preset, self.prompt_text, queue=False, **hidden)
         self.reset.click(lambda: DEFAULTS, None, self._sampling(), queue=False, **hidden)
         self.viewer.change(None, self.viewer, None, js=VIEWER_JS, **hidden)
@@ -288,12 +292,21 @@ class Page:
         except ChatPageError as error:
             _warn(str(error))
             return {self.status: gr.skip()}
-        return {
-            self.chat: [],
-            self.message: _idle(),
-            self.status: _status_html("Ready"),
-            self.viewer: _viewer(conversation),
-        }
+        return {**self._shown(conversation), self.status: _status_html("Ready")}
+
+    async def press(self, event: gr.EventData, request: gr.Request) -> dict[Any, Any]:
+        """One of the buttons that `page.js` draws at the messages: show another of the branches that part there."""
+        conversation = self.visitors.find(_key(request))
+        if conversation is None:
+            return {self.status: gr.skip()}
+        try:
+            message, number = _number(event, "message"), _number(event, "number")
+            conversation.switch(message, number)
+        except ChatPageError as error:
+            _warn(str(error))
+            return {self.status: gr.skip()}
+        count = conversation.branches(message).count
+        return {**self._shown(conversation), self.status: _status_html(f"Branch {number} of {count}")}
 
     async def show_prompt(self, name: str) -> Any:
         """The text of the chosen system prompt. One's own begins as the one that was shown before."""
@@ -320,11 +333,7 @@ class Page:
             _warn(str(error))
             yield self._truth(key)
             return
-        yield {
-            self.chat: drawn(conversation.messages),
-            self.message: _busy(clear=sent),
-            self.viewer: _viewer(conversation),
-        }
+        yield {**self._shown(conversation), self.message: _busy(clear=sent)}
         history, text = drawn(_before_answer(conversation.messages)), ""
         async with contextlib.aclosing(stream):
             async for delta in _paced(stream):
@@ -349,7 +358,16 @@ class Page:
         conversation = self.visitors.peek(key)
         if conversation is None or conversation.busy:
             return {self.status: gr.skip()}
-        return {self.chat: drawn(conversation.messages), self.message: _idle()}
+        return self._shown(conversation)
+
+    def _shown(self, conversation: Conversation) -> dict[Any, Any]:
+        """All that the page shows of a conversation, but how its answer is doing."""
+        return {
+            self.chat: drawn(conversation.messages),
+            self.buttons: _buttons(conversation),
+            self.message: _busy() if conversation.busy else _idle(),
+            self.viewer: _viewer(conversation),
+        }
 
     def _system_prompt(self, values: dict[Any, Any]) -> str | None:
         """The chosen system prompt; None is the server's default."""
@@ -406,6 +424,23 @@ def _viewer(conversation: Conversation) -> dict[str, Any]:
     return {"token": conversation.session.view_token, "session": conversation.session.id}
 
 
+def _buttons(conversation: Conversation | None) -> dict[str, Any]:
+    """What `page.js` draws its buttons by. Numbers only: Gradio would run what looks like code in a text."""
+    partings = conversation.partings if conversation else {}
+    return {
+        "busy": bool(conversation and conversation.busy),
+        "partings": [{"message": message, "number": at.number, "count": at.count} for message, at in partings.items()],
+    }
+
+
+def _number(event: gr.EventData, name: str) -> int:
+    """A number that came with a click."""
+    number = event._data.get(name) if isinstance(event._data, dict) else None
+    if not isinstance(number, int):
+        raise RequestError(f"{name} is {number!r}; it must be a whole number.", param=name)
+    return number
+
+
 def _presets(engine: Engine) -> list[tuple[str, str]]:
     """Label and value of each system prompt that may be chosen."""
     private = engine.sharing == "off"
@@ -414,7 +449,7 @@ def _presets(engine: Engine) -> list[tuple[str, str]]:
     return [*shared, (own, CUSTOM)]
 
 
-def _busy(*, clear: bool) -> Any:
+def _busy(*, clear: bool = False) -> Any:
     buttons = {"submit_btn": False, "stop_btn": "Stop"}
     return gr.Textbox(value="", **buttons) if clear else gr.Textbox(**buttons)
 

@@ -112,6 +112,7 @@ class FakeConversation:
         self.system_prompt = system_prompt
         self.session = engine.open_session()
         self.messages: list[dict[str, str]] = []
+        self.partings: dict[int, Any] = {}
         self.speech: Speech | None = None
 
     @property

@@ -1,77 +1,16 @@
 """The whole product in a real browser: page, engine and panel. What the issue promises a visitor, seen as one."""
 
 import re
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
 
-import httpx
 import pytest
 from playwright.sync_api import Browser
 
-from chatpage import tutor
 from chatpage.engine import Engine
 from chatpage.settings import Settings
 from chatpage.web.app import create_app
-from tests.browser.conftest import Visitor, served, wait_until
-from tests.checkpoints import make
+from tests.browser.conftest import Site, served, wait_until
 
-STEP = 0.03  # seconds that a slowed step takes at least
 QUESTION = "Why does contiguous reservation waste memory?"
-
-
-class Site:
-    """A server with its engine, and what its block pool looks like from outside."""
-
-    def __init__(self, url: str, engine: Engine) -> None:
-        self.url = url
-        self.engine = engine
-
-    def snapshot(self) -> dict[str, Any]:
-        return httpx.get(f"{self.url}/kv/snapshot").raise_for_status().json()
-
-    def own(self, visitor: Visitor) -> dict[str, Any] | None:
-        """The visitor's session in the snapshot."""
-        number = visitor.page.evaluate("window.chatpageViewer.session")
-        return next((session for session in self.snapshot()["sessions"] if session["id"] == number), None)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str | None:
-    """None, which is the bundled tutor; a random checkpoint where it was not trained yet."""
-    if (tutor.path() / "model.safetensors").is_file():
-        return None
-    return str(make("llama", tmp_path_factory.mktemp("checkpoint")))
-
-
-@pytest.fixture(scope="module")
-def site(model: str | None) -> Iterator[Site]:
-    settings = Settings(
-        model=model, kv_blocks=256, sharing="system", panel_scope="full", max_output_tokens=48, paranoid=True
-    )
-    engine = Engine(settings)
-    with served(create_app(engine, settings)) as url:
-        engine.wait_ready(60)
-        yield Site(url, engine)
-
-
-@pytest.fixture
-def slow(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps long enough to see an answer grow."""
-    launch = site.engine.core.runner.launch
-    monkeypatch.setattr(site.engine.core.runner, "launch", lambda rows: (time.sleep(STEP), launch(rows))[1])
-
-
-@pytest.fixture
-def arrive(site: Site, visit: Callable[..., Visitor]) -> Callable[..., Visitor]:
-    """A new visitor, with the page ready and the panel live."""
-
-    def arrive(**options) -> Visitor:
-        visitor = visit(site.url, **options)
-        visitor.page.locator("[data-testid=kv-status][data-state=live]").wait_for()
-        return visitor
-
-    return arrive
 
 
 def test_two_visitors_share_the_system_prompt(site: Site, arrive, slow):

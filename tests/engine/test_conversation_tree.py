@@ -84,6 +84,21 @@ def test_switching_back_shows_what_was_shown_last(conversation: Conversation) ->
     assert [exchange.question for exchange in conversation.asked] == ["a", "b", "c", "d", "e"]
 
 
+def test_branches_part_at_the_answer_where_they_ask_the_same(conversation: Conversation) -> None:
+    for text in (QUESTION, "And a slot?"):
+        say(conversation, text, 4)
+    assert conversation.partings == {}
+    read(conversation.regenerate(greedy(4)))
+    assert conversation.partings == {3: (2, 2)}
+    read(conversation.edit(2, "And a page?", greedy(4)))
+    assert conversation.partings == {2: (3, 3)}
+    read(conversation.edit(0, "Hi", greedy(4)))
+    assert conversation.partings == {0: (2, 2)}
+    conversation.switch(0, 1)
+    conversation.switch(2, 1)
+    assert conversation.partings == {0: (1, 2), 2: (1, 3)}
+
+
 def test_messages_and_branches_that_are_not_there(conversation: Conversation) -> None:
     for try_it in (
         lambda index: conversation.branches(index),
