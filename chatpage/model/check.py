@@ -333,6 +333,33 @@ def attends_alike(
 
 
 @torch.inference_mode()
+def draws_alike(
+    draw: Callable[[Tensor, Tensor, Tensor, Tensor], None], device: torch.device, dtype: torch.dtype, vocabulary: int
+) -> bool:
+    """Whether a kernel (see `chatpage.kernels.draw.draw`) draws what it must where only four tokens are possible."""
+    possible = sorted({0, vocabulary // 3, vocabulary // 2, vocabulary - 1})
+    if len(possible) < 4:
+        return True
+    #          temperature, top_k, top_p, min_p
+    expected = {
+        (0.0, 0, 1.0, 0.0): possible[0],
+        (1.0, 0, 1.0, 0.0): possible[2],
+        (1.0, 2, 1.0, 0.0): possible[1],
+        (1.0, 0, 0.5, 0.0): possible[1],
+        (1.0, 0, 1.0, 1.0): possible[2],
+        (2.0, 3, 0.9, 0.5): possible[1],
+    }
+    logits = torch.full((len(expected) + 1, vocabulary), -torch.inf, dtype=dtype, device=device)
+    logits[:, possible] = 1.0
+    logits[-1, 0] = torch.nan
+    wishes = torch.tensor([*expected, (1.0, 0, 1.0, 0.0)], dtype=torch.float32, device=device)
+    points = torch.full((len(logits),), 0.6, dtype=torch.float64, device=device)
+    tokens = torch.zeros(len(logits), dtype=torch.int64, device=device)
+    draw(logits, wishes, points, tokens)
+    return tokens.tolist() == [*expected.values(), -1]
+
+
+@torch.inference_mode()
 def _asks_alike(module: PreTrainedModel, compute: Forward, longest: int) -> bool:
     """Whether both ask attention with the same queries and keys, at the end of the longest context too."""
     batch = Batch.build([Row([0] * 5, 0, [1, 2])], block_size=BLOCK_SIZE, device=module.device)

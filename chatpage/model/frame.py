@@ -1,7 +1,7 @@
 """The numbers that a recorded step reads: one stretch of int32, in which every table has its place.
 
-    ┌ token ids ┬ sources ┬ positions ┬ slots ┬ sampled ┬ plans … ┬ block tables ┐
-    └ as large as the frame's size, always ───────────────────────┴ as they are ─┘
+    ┌ token ids ┬ sources ┬ positions ┬ slots ┬ sampled ┬ draws ┬ plans … ┬ block tables ┐
+    └ as large as the frame's size, always ─────────────────────────────┴ as they are ─┘
 
 What a step leaves empty does nothing: a token without a slot, a task without keys. Decodes that are not there attend to
 the null block, so that no row is ever undefined.
@@ -15,7 +15,7 @@ from itertools import chain
 import numpy as np
 
 from chatpage.kernels.prefill import queries_per_task
-from chatpage.model.batch import Row
+from chatpage.model.batch import Draw, Row
 from chatpage.model.plan import (
     CHUNK_FIELDS,
     OWN_FIELDS,
@@ -27,6 +27,7 @@ from chatpage.model.plan import (
     rows_of_shared,
     tasks_wanted,
 )
+from chatpage.model.sampler import leaves_logits, uniform
 
 DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 384, 512, 1024, 2048)
 TOKENS = (32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -111,6 +112,7 @@ class Frame:
         token_ids, sources, positions, slots: (tokens,). A source is the row of the step before that draws the token, or
             −1; a slot is −1 where nothing is stored.
         sampled: (rows,), index of each row's last token.
+        wishes: (rows, 4), of float32, and points: (rows,), of float64: see `chatpage.kernels.draw.draw`.
         tables: where the block tables begin.
     """
 
@@ -122,6 +124,8 @@ class Frame:
         self.positions = self._take(size.tokens)
         self.slots = self._take(size.tokens)
         self.sampled = self._take(size.rows)
+        self.wishes = self._take(size.rows, 4)
+        self.points = self._take(size.rows, 2)
         self.plans = {kind: self._take_plan(kind, processors) for kind in kinds}
         self.tables = self._length
 
@@ -179,6 +183,7 @@ class Frame:
         slots[:] = -1
         slots[:count] = np.where(stores, blocks * block_size + positions % block_size, -1)
         self.sampled.of(numbers)[: len(rows)] = ends - 1
+        self._fill_draws(numbers, [row.sample for row in rows])
         drawn = self.sources.of(numbers)
         drawn[:] = -1
         drawn[firsts] = sources  # a row whose token is drawn has one token
@@ -186,6 +191,15 @@ class Frame:
             self._fill_plan(numbers, self.plans[kind], plan)
         numbers[self.tables : self.tables + len(tables)] = tables
         return self.tables + len(tables)
+
+    def _fill_draws(self, numbers: Ints, draws: list[Draw | None]) -> None:
+        """Who is not named takes the largest logit: those too that change the logits, which are drawn afterwards."""
+        named = [i for i, draw in enumerate(draws) if draw and not draw.params.greedy and leaves_logits(draw)]
+        if named:
+            chosen = [draw for i in named if (draw := draws[i])]
+            wishes, points = self.wishes.of(numbers).view(np.float32), self.points.of(numbers).view(np.float64)
+            wishes[named] = [(p.temperature, p.top_k, p.top_p, p.min_p) for p in (draw.params for draw in chosen)]
+            points[named, 0] = uniform(chosen)
 
     def _fill_plan(self, numbers: Ints, places: PlanPlaces, plan: Plan) -> None:
         for place, table in (

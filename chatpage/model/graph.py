@@ -1,6 +1,6 @@
 """Whole steps as CUDA graphs: recorded once for some sizes, replayed for every step that fits one of them.
 
-    rows ─▶ frame ─▶ one upload ─▶ replay: token ids ─ layers ─ logits ─ largest ─▶ other draws ─▶ tokens
+    rows ─▶ frame ─▶ one upload ─▶ replay: token ids ─ layers ─ logits ─ draws ─▶ draws that change logits ─▶ tokens
 
 A graph knows addresses, not numbers: how long rows are, where their blocks lie and what each program does it reads from
 device memory each time. So a step needs no more than the smallest graph that has room for it.
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chatpage.kernels.draw import draw
 from chatpage.kernels.merge import FEW
 from chatpage.kernels.prefill import queries_per_task
 from chatpage.model.batch import Row
@@ -22,7 +23,7 @@ from chatpage.model.kv import KVPool
 from chatpage.model.last import LastTokens
 from chatpage.model.paged import DevicePlan, KernelAttention, flat_tables, processors
 from chatpage.model.plan import Ints, Kind, Plan, find_sharing, lay_out, make_plan, tasks_wanted
-from chatpage.model.sampler import InOrder, begin_sampling, tokens_of_largest
+from chatpage.model.sampler import InOrder, begin_sampling
 
 IN_FLIGHT = 2  # frames that may be on their way to the device
 
@@ -123,7 +124,8 @@ class Graphs:
         attention = KernelAttention(self.pool, frame.slots.of(numbers), plans.__getitem__)
         logits = self._forward(inputs, attention)
         self._logits[:rows].copy_(logits)
-        self._last.tokens[:rows].copy_(tokens_of_largest(logits))
+        wishes, points = frame.wishes.of(numbers).view(torch.float32), frame.points.of(numbers).view(torch.float64)
+        draw(logits, wishes, points[:, 0], self._last.tokens[:rows])
 
     def _device_plan(self, frame: Frame, kind: Kind) -> DevicePlan:
         numbers, places = self._numbers, frame.plans[kind]

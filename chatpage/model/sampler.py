@@ -23,8 +23,11 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from chatpage.device import to_device
@@ -78,16 +81,18 @@ class InOrder:
         return [drawn[place] for place in self.places]
 
 
-def begin_sampling(logits: Tensor, draws: list[Draw | None], largest: Tensor | None = None) -> Sampled:
+def begin_sampling(logits: Tensor, draws: list[Draw | None], drawn: Tensor | None = None) -> Sampled:
     """What each row of the logits (rows, vocabulary) gives: the token that its draw asks for, if it asks for one.
 
     A row is broken where its largest logit is not a finite number. Does not wait for the device.
 
     Args:
-        largest: what `tokens_of_largest` says, if it was asked already; written to.
+        drawn: the tokens (rows,), −1 where a row is broken, if draws that leave the logits as they are were made already
+            (`leaves_logits`); the others are written to it.
     """
-    tokens = tokens_of_largest(logits) if largest is None else largest
-    wishes = {i: draw for i, draw in enumerate(draws) if draw is not None and not _is_plain(draw)}
+    tokens = tokens_of_largest(logits) if drawn is None else drawn
+    is_done = _is_plain if drawn is None else leaves_logits
+    wishes = {i: draw for i, draw in enumerate(draws) if draw is not None and not is_done(draw)}
     if wishes:
         rows = _there(list(wishes), logits)
         chosen = _choose(logits[rows].float(), list(wishes.values()))
@@ -107,30 +112,32 @@ def tokens_of_largest(logits: Tensor) -> Tensor:
     return tokens.where(largest.isfinite(), -1)
 
 
-def uniform(seed: int, choice: int, position: int) -> float:
-    """A number in [0, 1) that looks random: a hash of the three."""
-    state = 0
-    for part in (seed, choice, position):
-        state = _mix(state ^ (part & _MASK))
-    return (state >> 24) * 2.0**-40
+def uniform(draws: Sequence[Draw]) -> NDArray[np.float64]:
+    """For each draw a number in [0, 1) that looks random: a hash of its seed, choice and position."""
+    state = np.zeros(len(draws), dtype=np.uint64)
+    for parts in ([d.seed for d in draws], [d.choice for d in draws], [d.position for d in draws]):
+        state = _mix(state ^ np.array(parts, dtype=np.int64).view(np.uint64))
+    return (state >> np.uint64(24)).astype(np.float64) * 2.0**-40
 
 
-_MASK = 2**64 - 1
-
-
-def _mix(state: int) -> int:
+def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The step of the generator SplitMix64: every bit of the input changes about half of the output's."""
-    state = (state + 0x9E3779B97F4A7C15) & _MASK
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-    return state ^ (state >> 31)
+    state = state + np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
 
 
 def _is_plain(draw: Draw) -> bool:
     """Whether the largest of the model's logits is what the draw asks for."""
+    return draw.params.greedy and leaves_logits(draw)
+
+
+def leaves_logits(draw: Draw) -> bool:
+    """Whether the model's own logits are drawn from."""
     params = draw.params
     changes = draw.banned or params.logit_bias or params.repetition_penalty != 1 or params.penalizes_drawn
-    return params.greedy and not changes
+    return not changes
 
 
 def _choose(logits: Tensor, draws: list[Draw]) -> Tensor:
@@ -218,8 +225,7 @@ def _draw(logits: Tensor, draws: list[Draw]) -> Tensor:
         rows = _there(cut, logits)
         probabilities[rows] = _cut(probabilities[rows], [draws[i].params.min_p for i in cut])
     cumulated = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    points = [uniform(draw.seed, draw.choice, draw.position) for draw in draws]
-    points = _there(points, logits, torch.float64)[:, None]
+    points = _there(uniform(draws), logits, torch.float64)[:, None]
     # A token of probability 0 cannot be hit: the sum does not rise there, and `right` passes over equal sums.
     return torch.searchsorted(cumulated, points * cumulated[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
@@ -282,5 +288,5 @@ def _logprobs(logits: Tensor, tokens: Tensor, draws: list[Draw | None]) -> _Logp
     return _Logprobs(asked, *(tensor.to("cpu", non_blocking=True) for tensor in numbers))
 
 
-def _there(numbers: Sequence, like: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+def _there(numbers: Any, like: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
     return to_device(numbers, like.device, dtype)

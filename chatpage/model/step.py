@@ -16,7 +16,7 @@ from chatpage.device import to_device
 from chatpage.errors import ModelError
 from chatpage.model.attention import Attention
 from chatpage.model.batch import Batch, Draw, Drawn, Row, inverse
-from chatpage.model.check import attends_alike
+from chatpage.model.check import attends_alike, draws_alike
 from chatpage.model.kv import KVPool, free_memory
 from chatpage.model.last import LastTokens
 from chatpage.model.reference import ReferenceAttention
@@ -76,10 +76,13 @@ class ModelRunner:
             Exception: of any kind, where Triton, or this GPU, does not do what it should.
         """
         from chatpage.kernels.copy import BlockCopier  # what imports Triton is imported where there is a GPU only
+        from chatpage.kernels.draw import draw
         from chatpage.model.fused_kernels import KernelModel
         from chatpage.model.paged import PagedAttention
 
         loaded = self.loaded
+        if not draws_alike(draw, loaded.device, loaded.dtype, loaded.vocab_size):
+            raise ModelError("the kernels draw other tokens than plain PyTorch")
         forwards = [KernelModel(loaded.fused).forward, loaded.forward] if loaded.fused else [loaded.forward]
         for forward in forwards:
             if attends_alike(loaded.module, forward, loaded.layers, PagedAttention):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from chatpage.kernels.draw import draw
 from chatpage.model.batch import Draw
+from chatpage.model.check import draws_alike
 from chatpage.model.sampler import begin_sampling, uniform
 from chatpage.schedule.params import SamplingParams
 from tests.kernels.case import poisoned, same_bits
@@ -254,6 +255,18 @@ def test_rows_do_not_depend_on_each_other() -> None:
     )
 
 
+def test_the_check_at_load_knows_a_kernel_that_draws_something_else() -> None:
+    device, dtype = torch.device(DEVICE), torch.float32
+    assert draws_alike(draw, device, dtype, 320)
+
+    def draws_the_largest(
+        logits: torch.Tensor, wishes: torch.Tensor, points: torch.Tensor, tokens: torch.Tensor
+    ) -> None:
+        draw(logits, torch.zeros_like(wishes), points, tokens)
+
+    assert not draws_alike(draws_the_largest, device, dtype, 320)
+
+
 def test_the_sampler_draws_by_the_same_oracle() -> None:
     random = np.random.default_rng()
     wishes = [wish for wish in MIXED if wish.temperature <= 2]
@@ -264,7 +277,7 @@ def test_the_sampler_draws_by_the_same_oracle() -> None:
         zip(logits.double().cpu().numpy(), begin_sampling(logits, draws).drawn(), strict=True)
     ):
         assert found.token is not None
-        assert_right(row, wishes[position], uniform(seed, 0, position), found.token)
+        assert_right(row, wishes[position], uniform(draws)[position], found.token)
 
 
 @needs_gpu

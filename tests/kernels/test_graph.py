@@ -149,3 +149,22 @@ def test_a_short_chunk_behind_many_tokens_is_a_group_of_decodes(
 
 def logprobs(answers: list[Answer]) -> list[float]:
     return [given.logprob for answer in answers for delta in answer.deltas for given in delta.logprobs]
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {"temperature": 1.3},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
+        {"temperature": 1.0, "repetition_penalty": 1.3},
+        {"temperature": 1.0, "logit_bias": ((20, 3.0),)},
+    ],
+)
+def test_recorded_steps_draw_as_plain_ones(
+    wishes: dict[str, Any], recorded: Callable[[Path], Desk], tmp_path: Path
+) -> None:
+    """In the step, or after it where the logits are changed first."""
+    folder = make("llama", tmp_path / "llama")
+    plain, desk = Desk(folder, **SETTINGS), recorded(folder)
+    expected, found = (answers(each, PROMPTS, seed=11, **wishes) for each in (plain, desk))
+    assert texts(found) == texts(expected)

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,7 +22,7 @@ from transformers import (
 
 import chatpage.model.sampler as sampler
 from chatpage.model.batch import Draw, Drawn
-from chatpage.model.sampler import begin_sampling, uniform
+from chatpage.model.sampler import begin_sampling
 from chatpage.schedule.params import SamplingParams
 
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.0, -math.inf, 1.9, 0.5])
@@ -29,6 +30,10 @@ LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.0, -math.inf, 1.9, 0.5])
 
 def draws(params: SamplingParams, count: int, seed: int = 11) -> list[Draw]:
     return [Draw(params, seed=seed, choice=0, position=position) for position in range(count)]
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    return float(sampler.uniform([Draw(SamplingParams(), seed, choice, position)])[0])
 
 
 def sample(logits: torch.Tensor, wishes: list[Draw]) -> list[Drawn]:
@@ -177,7 +182,7 @@ def test_half_precision_logits():
 
 @pytest.mark.parametrize(("number", "token"), [(0.0, 1), (1 - 2.0**-40, 2)])
 def test_the_ends_of_the_range_hit_no_impossible_token(number, token, monkeypatch):
-    monkeypatch.setattr(sampler, "uniform", lambda *_: number)
+    monkeypatch.setattr(sampler, "uniform", lambda draws: np.full(len(draws), number))
     logits = torch.tensor([[-math.inf, 0.1, 0.2, -math.inf]])
     assert tokens(logits, draws(SamplingParams(), 1)) == [token]
 
