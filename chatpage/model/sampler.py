@@ -87,8 +87,8 @@ def begin_sampling(logits: Tensor, draws: list[Draw | None], drawn: Tensor | Non
     A row is broken where its largest logit is not a finite number. Does not wait for the device.
 
     Args:
-        drawn: the tokens (rows,), −1 where a row is broken, if draws that leave the logits as they are were made already
-            (`leaves_logits`); the others are written to it.
+        drawn: the tokens (rows,), −1 where a row is broken, if all draws that `leaves_logits` were made already; the
+            others are written to it.
     """
     tokens = tokens_of_largest(logits) if drawn is None else drawn
     is_done = _is_plain if drawn is None else leaves_logits
