@@ -232,6 +232,11 @@ class Conversation:
         """Stop, and give all blocks back. Harmless the second time. What was said stays, and can be gone on from."""
         self.engine.close_session(self.session.key)
 
+    def reopen(self, like: OpenSession | None = None) -> None:
+        """Take a new session where the old one was closed; `like` as for a new conversation."""
+        if not self.engine.has_session(self.session.key):
+            self.session = self.engine.open_session(like)
+
     # -- the tree -------------------------------------------------------------------------------------------------
 
     def _at(self, index: int) -> Exchange:
@@ -270,8 +275,7 @@ class Conversation:
             raise RequestError(
                 f"This conversation has {MAX_EXCHANGES} questions in all its branches, which is the most; begin anew."
             )
-        if not self.engine.has_session(self.session.key):  # closed meanwhile: its text lives here
-            self.session = self.engine.open_session()
+        self.reopen()  # it may have been closed meanwhile: its text lives here
         exchange = Exchange(text, prompt or self._prompt(before, text), before[-1] if before else None)
         request = Request(exchange.prompt, params, session=self.session.key)
         exchange.stream = self.engine.stream(request, exchange.hear)

@@ -1,10 +1,15 @@
-// The page's own buttons at the messages: ‹ 2/3 › where branches part.
+// The page's own buttons: at the messages ‹ 2/3 ›, where branches part, and "Fork here"; above them the tab's chats.
 //
 // Gradio's Chatbot takes no buttons of ours, so they are put at the end of the row of buttons that it draws below each
 // message. It draws and drops those rows as it likes; whenever something changes in there, what is missing is put back.
 //
 // This file is the body of a function that Gradio calls once (`js_on_load`), with `element`, `props`, `trigger` and
-// `watch`. What is to be drawn is in `props.value`: {busy, partings: [{message, number, count}]}.
+// `watch`. `props.value` tells what is to be drawn: {busy, partings: [{message, number, count}], chats: [{number,
+// session}], shown}. A click tells the server what is wanted, and the server's next value shows what came of it.
+
+const FORK = `<svg viewBox="0 0 16 16" width="14" height="14" fill="none" stroke="currentColor" stroke-width="1.2"
+  stroke-linecap="round" stroke-linejoin="round" aria-hidden="true"><circle cx="4" cy="3" r="1.5"/>
+  <circle cx="4" cy="13" r="1.5"/><circle cx="12" cy="5" r="1.5"/><path d="M4 4.5v7M12 6.5c0 2.5-3 2.5-8 4.5"/></svg>`
 
 const card = element.closest('#card')
 
@@ -15,7 +20,7 @@ function make(tag, attributes, children = []) {
   return node
 }
 
-/** Set what differs only: what is set again would be looked at again. */
+/** Set what differs only: whatever changes is looked at again. */
 function setText(node, text) {
   if (node.textContent !== text) node.textContent = text
 }
@@ -24,10 +29,10 @@ function setAttribute(node, name, value) {
   if (node.getAttribute(name) !== value) node.setAttribute(name, value)
 }
 
-/** A button that says why by `aria-disabled` and keeps the focus when it can do nothing. */
-function button(label, text, wish) {
-  const node = make('button', { type: 'button', 'aria-label': label, title: label }, [text])
-  node.addEventListener('click', () => node.ariaDisabled !== 'true' && trigger('click', wish()))
+/** A button that asks the server for `wish()`. Where it can do nothing it keeps the focus. */
+function button(label, content, wish) {
+  const node = make('button', { type: 'button', 'aria-label': label, title: label }, [content])
+  node.addEventListener('click', () => node.getAttribute('aria-disabled') !== 'true' && trigger('click', wish()))
   return node
 }
 
@@ -35,30 +40,35 @@ function setDisabled(node, disabled) {
   setAttribute(node, 'aria-disabled', String(disabled))
 }
 
-// -- ‹ 2/3 › ------------------------------------------------------------------------------------------------------------
+// -- at the messages ----------------------------------------------------------------------------------------------------
 
-function newSwitch() {
-  const node = make('span', { class: 'switch', role: 'group' })
-  const to = (step) => () => ({ message: node.parting.message, number: node.parting.number + step })
+/** ‹ 2/3 › and "Fork here". */
+function newBar() {
+  const bar = make('span', { class: 'branches', 'aria-live': 'off' })
+  const to = (step) => () => ({ do: 'switch', message: bar.message, number: bar.parting.number + step })
   const place = make('span', { 'aria-hidden': 'true' })
-  node.append(button('Previous branch', '‹', to(-1)), place, button('Next branch', '›', to(+1)))
-  return node
+  const parts = [button('Previous branch', '‹', to(-1)), place, button('Next branch', '›', to(+1))]
+  const icon = make('span', {})
+  icon.innerHTML = FORK
+  const fork = button('Fork here', icon, () => ({ do: 'fork', message: bar.message }))
+  bar.append(make('span', { class: 'switch', role: 'group' }, parts), fork)
+  return bar
 }
 
-function updateSwitch(node, parting, busy) {
-  node.hidden = !parting
-  node.parting = parting
+function updateBar(bar, message, parting, busy) {
+  Object.assign(bar, { message, parting })
+  const [group, fork] = bar.children
+  setDisabled(fork, busy)
+  group.hidden = !parting
   if (!parting) return
-  const { message, number, count } = parting
-  const [previous, place, next] = node.children
+  const { number, count } = parting
+  const [previous, place, next] = group.children
   const what = `${message % 2 ? 'answer' : 'question'} ${Math.floor(message / 2) + 1}`
-  setAttribute(node, 'aria-label', `Branches at ${what}: ${number} of ${count}`)
+  setAttribute(group, 'aria-label', `Branches at ${what}: ${number} of ${count}`)
   setText(place, `${number}/${count}`)
   setDisabled(previous, busy || number === 1)
   setDisabled(next, busy || number === count)
 }
-
-// -- at each message ----------------------------------------------------------------------------------------------------
 
 /** Where the buttons of a message go: Gradio's own row of them, or the message itself if there is none. */
 function rowOf(message) {
@@ -66,33 +76,67 @@ function rowOf(message) {
   return next?.matches('.message-buttons') ? next : message
 }
 
-function barAt(row) {
+function barIn(row) {
   const there = row.querySelector(':scope > .branches')
-  if (there) return there
-  const bar = make('span', { class: 'branches', 'aria-live': 'off' }, [newSwitch()])
-  row.append(bar)
-  return bar
+  if (!there) row.append(newBar())
+  return there ?? row.lastChild
 }
 
-function draw() {
-  const { busy, partings } = props.value
+function drawBars({ busy, partings }) {
   const at = new Map(partings.map((parting) => [parting.message, parting]))
   card.querySelectorAll('#chat .message-row').forEach((message, index) => {
-    updateSwitch(barAt(rowOf(message)).firstChild, at.get(index), busy)
+    updateBar(barIn(rowOf(message)), index, at.get(index), busy)
   })
+}
+
+// -- the tab's chats, where there are several ---------------------------------------------------------------------------
+
+const chats = make('nav', { 'aria-label': 'Chats', hidden: '' })
+element.replaceChildren(chats)
+
+function newChat() {
+  const item = make('span', { class: 'chat' })
+  const wish = (what) => () => ({ do: what, chat: item.number })
+  const name = make('span', {}, [make('b', {}), make('span', { class: 'session' })])
+  item.append(button('', name, wish('show')), button('', '×', wish('close')))
+  return item
+}
+
+function updateChat(item, { number, session }, shown) {
+  item.number = number
+  const [open, close] = item.children
+  const [name, pseudonym] = open.firstChild.children
+  const what = `Chat ${number}, session ${session} in the panel`
+  setText(name, `Chat ${number}`)
+  setText(pseudonym, `session ${session}`)
+  setAttribute(open, 'aria-current', String(number === shown))
+  for (const attribute of ['aria-label', 'title']) {
+    setAttribute(open, attribute, what)
+    setAttribute(close, attribute, `Close chat ${number}`)
+  }
+}
+
+function drawChats({ chats: all, shown }) {
+  chats.hidden = all.length < 2
+  while (chats.children.length < all.length) chats.append(newChat())
+  while (chats.children.length > all.length) chats.lastChild.remove()
+  all.forEach((chat, index) => updateChat(chats.children[index], chat, shown))
 }
 
 // -- when ---------------------------------------------------------------------------------------------------------------
 
 let planned = 0
 
+function draw() {
+  planned = 0
+  drawChats(props.value)
+  drawBars(props.value)
+}
+
 function plan() {
-  planned ||= requestAnimationFrame(() => {
-    planned = 0
-    draw()
-  })
+  planned ||= requestAnimationFrame(draw)
 }
 
 new MutationObserver(plan).observe(card, { childList: true, subtree: true })
-watch('value', draw)
+watch('value', plan)
 draw()

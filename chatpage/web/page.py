@@ -1,12 +1,13 @@
-"""The chat page: a hand-wired `gr.Blocks` in which every browser tab has one `Conversation`.
+"""The chat page: a hand-wired `gr.Blocks` in which every browser tab has a `Conversation`, or several that were forked.
 
-Gradio shows, the conversation on the server is the truth. Stop is cooperative: the button tells the conversation to
+Gradio shows, the conversations on the server are the truth. Stop is cooperative: the button tells the conversation to
 stop, the running handler sees the stream end and finishes as usual (Gradio's own `cancels=` leaves overlays behind).
 """
 
 import asyncio
 import contextlib
 import html
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from chatpage.schedule.request import Delta
 from chatpage.settings import Settings
 from chatpage.web.page_text import Progress, drawn, plain
 from chatpage.web.page_theme import theme
-from chatpage.web.visitors import Visitors
+from chatpage.web.visitors import Chat, Tab, Visitors
 
 UPDATE_INTERVAL = 0.04  # seconds between two updates of a streaming answer
 POLL_INTERVAL = 0.2  # seconds between two looks at an engine that loads
+RELOAD_SECONDS = 2.0  # in which a page that is loaded again has certainly been closed before
 CUSTOM = "Custom text"
 
 # Temperature, top-p, top-k, max tokens, seed.
@@ -53,10 +55,17 @@ const root = window.gradio_config?.root || '';
 const base = new URL(root || '.', document.baseURI).pathname.replace(/\\/$/, '');
 import(base + '/panel/panel.js').then(panel => panel.mount(element.querySelector('.kv-root')));
 """
+# A tab's own storage survives loading the page again. A browser may refuse it, in a frame above all.
 VIEWER_JS = """
-(viewer) => {
+({secret, ...viewer}) => {
+    try { sessionStorage.setItem('chatpage', secret) } catch {}
     window.chatpageViewer = viewer;
     window.dispatchEvent(new CustomEvent('chatpage:viewer'));
+}
+"""
+ARRIVAL_JS = """
+() => {
+    try { return {secret: sessionStorage.getItem('chatpage')} } catch { return {} }
 }
 """
 KEYS_JS = """
@@ -148,7 +157,13 @@ class Page:
 
     def _lay_out_chat(self) -> None:
         with gr.Column(elem_id="card"):
-            self.buttons = gr.HTML(_buttons(None), html_template="", js_on_load=BUTTONS_JS, elem_id="buttons")
+            self.buttons = gr.HTML(
+                _buttons(None),
+                html_template="<div></div>",
+                js_on_load=BUTTONS_JS,
+                apply_default_css=False,
+                elem_id="buttons",
+            )
             self.chat = gr.Chatbot(
                 label="Chat",
                 elem_id="chat",
@@ -218,18 +233,18 @@ class Page:
         self.chat.example_select(self.ask_example, wishes, answer, **many)
         self.chat.retry(self.retry, wishes, answer, **many)
         self.chat.edit(self.edit, wishes, answer, **many)
-        self.buttons.click(self.press, None, answer, **many)
+        self.buttons.click(self.press, self.message, answer, **many)
         self.message.stop(self.stop, None, None, queue=False, **hidden)
         self.new.click(self.start_again, wishes, answer, **many)
         self.preset.input(self.show_prompt, self.preset, self.prompt_text, queue=False, **hidden)
         self.reset.click(lambda: DEFAULTS, None, self._sampling(), queue=False, **hidden)
         self.viewer.change(None, self.viewer, None, js=VIEWER_JS, **hidden)
-        arrival: list[Any] = [self.header, self.status, self.viewer, self.preset, self.prompt_text]
-        self.blocks.load(self.arrive, None, arrival, **many)
+        arrival: list[Any] = [*answer, self.header, self.preset, self.prompt_text]
+        self.blocks.load(self.arrive, self.viewer, arrival, js=ARRIVAL_JS, **many)
         self.blocks.unload(self.leave)
 
-    async def arrive(self, request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
-        """A tab has opened: tell how the engine's start goes on, then give the tab its conversation."""
+    async def arrive(self, stored: dict[str, Any] | None, request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
+        """A tab has opened: tell how the engine's start goes on, then give the tab its chat, or the ones it had."""
         said = ""
         while self.engine.status == "starting":
             if self.engine.detail != said:
@@ -237,18 +252,36 @@ class Page:
                 yield {self.status: _status_html(said)}
             await asyncio.sleep(POLL_INTERVAL)
         try:
-            conversation = self.visitors.open(_key(request), None)
+            tab = await self._tab(_key(request), (stored or {}).get("secret"))
         except ChatPageError as error:
             yield {self.status: _status_html(str(error))}
             return
         name, text = next(((system.name, system.text) for system in self.engine.systems), (CUSTOM, ""))
         yield {
+            **self._shown(tab),
             self.header: _header_html(_facts(self.engine, self.settings)),
-            self.status: _status_html("Ready"),
-            self.viewer: _viewer(conversation),
             self.preset: gr.Dropdown(choices=_presets(self.engine), value=name),
             self.prompt_text: gr.Textbox(value=text, interactive=name == CUSTOM),
         }
+
+    async def _tab(self, key: str, secret: str | None) -> Tab:
+        """The tab that was loaded again, or a new one.
+
+        A page may be here again before its end was heard of. If it does not end, this tab is a copy of it.
+        """
+        until = time.monotonic() + RELOAD_SECONDS
+        while secret and self.visitors.has(secret) and time.monotonic() < until:
+            await asyncio.sleep(POLL_INTERVAL)
+        if tab := self.visitors.find(key):  # it has asked something meanwhile
+            return tab
+        if secret and (tab := self.visitors.come_back(key, secret)):
+            for chat in [chat for chat in tab.chats if chat.conversation.messages]:
+                chat.status = "Loaded again · what was said is here, its blocks went back to the pool"
+            return tab
+        tab = self.visitors.open(key, None)
+        if secret:
+            tab.shown.status = "Ready · the chat from before is open in another tab, or no longer kept"
+        return tab
 
     async def leave(self, request: gr.Request) -> None:
         """The tab is closed."""
@@ -260,7 +293,7 @@ class Page:
             async for update in self._answer(values, request, lambda talk, params: talk.say(text, params), sent=True):
                 yield update
         else:
-            yield self._truth(_key(request))
+            yield {self.status: gr.skip()}
 
     async def ask_example(
         self, values: dict[Any, Any], event: gr.SelectData, request: gr.Request
@@ -282,31 +315,47 @@ class Page:
             yield update
 
     async def stop(self, request: gr.Request) -> None:
-        if conversation := self.visitors.find(_key(request)):
-            conversation.stop()
+        if tab := self.visitors.find(_key(request)):
+            tab.shown.conversation.stop()
 
     async def start_again(self, values: dict[Any, Any], request: gr.Request) -> dict[Any, Any]:
-        """New chat, with the system prompt that is chosen now."""
+        """New chat, in place of the one that is shown, with the system prompt that is chosen now."""
         try:
-            conversation = self.visitors.open(_key(request), self._system_prompt(values))
+            return self._shown(self.visitors.open(_key(request), self._system_prompt(values)))
         except ChatPageError as error:
             _warn(str(error))
             return {self.status: gr.skip()}
-        return {**self._shown(conversation), self.status: _status_html("Ready")}
 
-    async def press(self, event: gr.EventData, request: gr.Request) -> dict[Any, Any]:
-        """One of the buttons that `page.js` draws at the messages: show another of the branches that part there."""
-        conversation = self.visitors.find(_key(request))
-        if conversation is None:
+    async def press(self, typed: str, event: gr.EventData, request: gr.Request) -> dict[Any, Any]:
+        """One of the buttons that `page.js` draws."""
+        tab = self.visitors.find(_key(request))
+        if tab is None:
             return {self.status: gr.skip()}
         try:
-            message, number = _number(event, "message"), _number(event, "number")
-            conversation.switch(message, number)
+            return self._do(tab, event._data, typed)
         except ChatPageError as error:
             _warn(str(error))
             return {self.status: gr.skip()}
-        count = conversation.branches(message).count
-        return {**self._shown(conversation), self.status: _status_html(f"Branch {number} of {count}")}
+
+    def _do(self, tab: Tab, wish: Any, typed: str) -> dict[Any, Any]:
+        """What a button asks for; the browser may send anything."""
+        match wish:
+            case {"do": "switch", "message": int(message), "number": int(number)}:
+                conversation = tab.shown.conversation
+                conversation.switch(message, number)
+                tab.shown.status = f"Branch {number} of {conversation.branches(message).count}"
+            case {"do": "fork", "message": int(message)}:
+                messages = tab.shown.conversation.messages
+                tab.fork(message)
+                if not typed.strip() and messages[message]["role"] == "user":  # a question is left out: to be reworded
+                    return {**self._shown(tab), self.message: _idle(messages[message]["content"])}
+            case {"do": "show", "chat": int(number)}:
+                tab.show(number)
+            case {"do": "close", "chat": int(number)}:
+                tab.close(number)
+            case _:
+                raise RequestError("This button is not known here; load the page again.")
+        return self._shown(tab)
 
     async def show_prompt(self, name: str) -> Any:
         """The text of the chosen system prompt. One's own begins as the one that was shown before."""
@@ -326,47 +375,55 @@ class Page:
         """Begin a turn and show its answer as it grows. A refusal is said in a toast; what was typed stays."""
         key = _key(request)
         try:
-            conversation = self._conversation(key, self._system_prompt(values))
+            tab = self._asked(key, self._system_prompt(values))
+            chat, conversation = tab.shown, tab.shown.conversation
             progress = Progress(first_turn=not conversation.messages)
             stream = begin(conversation, self._params(values))
         except ChatPageError as error:
             _warn(str(error))
             yield self._truth(key)
             return
-        yield {**self._shown(conversation), self.message: _busy(clear=sent)}
+        yield {**self._shown(tab), self.message: _busy(clear=sent)}
         history, text = drawn(_before_answer(conversation.messages)), ""
         async with contextlib.aclosing(stream):
             async for delta in _paced(stream):
-                if self.visitors.peek(key) is not conversation:
-                    break  # the tab was closed or began a new chat
                 text += delta.text
+                chat.status = progress.line(delta)
                 if delta.error:
                     _warn(delta.error)
-                shown = history + drawn([{"role": "assistant", "content": text}]) if text else history
-                yield {self.chat: shown, self.status: _status_html(progress.line(delta))}
+                if self._sees(key, chat):
+                    shown = history + drawn([{"role": "assistant", "content": text}]) if text else history
+                    yield {self.chat: shown, self.status: _status_html(chat.status)}
         yield self._truth(key)
 
-    def _conversation(self, key: str, system_prompt: str | None) -> Conversation:
-        """This tab's conversation; a new one where none has begun with another system prompt."""
-        conversation = self.visitors.find(key)
-        if conversation and (conversation.messages or conversation.system_prompt == system_prompt):
-            return conversation
+    def _asked(self, key: str, system_prompt: str | None) -> Tab:
+        """This tab; with a new conversation where none has begun with another system prompt."""
+        tab = self.visitors.find(key)
+        if tab and (tab.shown.conversation.messages or tab.shown.conversation.system_prompt == system_prompt):
+            return tab
         return self.visitors.open(key, system_prompt)
+
+    def _sees(self, key: str, chat: Chat) -> bool:
+        """Whether the tab shows this chat now: not if it is closed, or the visitor looks at another one."""
+        tab = self.visitors.peek(key)
+        return tab is not None and tab.shown is chat
 
     def _truth(self, key: str) -> dict[Any, Any]:
         """The chat as the server has it now. Gradio repeats the last update when a handler ends, so it must be true."""
-        conversation = self.visitors.peek(key)
-        if conversation is None or conversation.busy:
+        tab = self.visitors.peek(key)
+        if tab is None or tab.shown.conversation.busy:
             return {self.status: gr.skip()}
-        return self._shown(conversation)
+        return self._shown(tab)
 
-    def _shown(self, conversation: Conversation) -> dict[Any, Any]:
-        """All that the page shows of a conversation, but how its answer is doing."""
+    def _shown(self, tab: Tab) -> dict[Any, Any]:
+        """All that the page shows of a tab's chats."""
+        conversation = tab.shown.conversation
         return {
             self.chat: drawn(conversation.messages),
-            self.buttons: _buttons(conversation),
+            self.buttons: _buttons(tab),
             self.message: _busy() if conversation.busy else _idle(),
-            self.viewer: _viewer(conversation),
+            self.status: _status_html(tab.shown.status),
+            self.viewer: _viewer(tab),
         }
 
     def _system_prompt(self, values: dict[Any, Any]) -> str | None:
@@ -419,26 +476,24 @@ def _key(request: gr.Request) -> str:
     return request.session_hash
 
 
-def _viewer(conversation: Conversation) -> dict[str, Any]:
-    """Who looks at the panel: what opens the own rows, and the pseudonym they have in the events."""
-    return {"token": conversation.session.view_token, "session": conversation.session.id}
+def _viewer(tab: Tab) -> dict[str, Any]:
+    """Who looks at the panel: what opens the own rows, and the pseudonym they have in the events; and the tab."""
+    session = tab.shown.conversation.session
+    return {"token": session.view_token, "session": session.id, "secret": tab.secret}
 
 
-def _buttons(conversation: Conversation | None) -> dict[str, Any]:
+def _buttons(tab: Tab | None) -> dict[str, Any]:
     """What `page.js` draws its buttons by. Numbers only: Gradio would run what looks like code in a text."""
-    partings = conversation.partings if conversation else {}
+    if tab is None:
+        return {"busy": False, "partings": [], "chats": [], "shown": 0}
+    conversation = tab.shown.conversation
+    places = conversation.partings.items()
     return {
-        "busy": bool(conversation and conversation.busy),
-        "partings": [{"message": message, "number": at.number, "count": at.count} for message, at in partings.items()],
+        "busy": conversation.busy,
+        "partings": [{"message": message, "number": at.number, "count": at.count} for message, at in places],
+        "chats": [{"number": chat.number, "session": chat.conversation.session.id} for chat in tab.chats],
+        "shown": tab.shown.number,
     }
-
-
-def _number(event: gr.EventData, name: str) -> int:
-    """A number that came with a click."""
-    number = event._data.get(name) if isinstance(event._data, dict) else None
-    if not isinstance(number, int):
-        raise RequestError(f"{name} is {number!r}; it must be a whole number.", param=name)
-    return number
 
 
 def _presets(engine: Engine) -> list[tuple[str, str]]:
@@ -454,8 +509,9 @@ def _busy(*, clear: bool = False) -> Any:
     return gr.Textbox(value="", **buttons) if clear else gr.Textbox(**buttons)
 
 
-def _idle() -> Any:
-    return gr.Textbox(submit_btn="Send", stop_btn=False)
+def _idle(text: str | None = None) -> Any:
+    buttons = {"submit_btn": "Send", "stop_btn": False}
+    return gr.Textbox(**buttons) if text is None else gr.Textbox(value=text, **buttons)
 
 
 def _facts(engine: Engine, settings: Settings) -> str:

@@ -110,10 +110,13 @@ class FakeConversation:
     def __init__(self, engine: FakeEngine, system_prompt: str | None = None) -> None:
         self.engine = engine
         self.system_prompt = system_prompt
-        self.session = engine.open_session()
+        self.reopen()
         self.messages: list[dict[str, str]] = []
         self.partings: dict[int, Any] = {}
         self.speech: Speech | None = None
+
+    def reopen(self, like: Session | None = None) -> None:
+        self.session = self.engine.open_session()
 
     @property
     def busy(self) -> bool:

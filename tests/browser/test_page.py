@@ -178,20 +178,25 @@ def test_edit_and_retry(url, engine, visit):
 
 
 def test_a_tab_that_comes_back_goes_on_where_it_was():
-    """A connection that was lost looks like a closed tab."""
+    """A connection that was lost looks like a closed tab; a page that is loaded again comes with another key."""
     engine = FakeEngine()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(visitors, "Conversation", FakeConversation)
         tabs = Visitors(engine)
-        conversation = tabs.open("tab", None)
+        tab = tabs.open("tab", None)
         tabs.leave("tab")
         assert not engine.sessions
         assert tabs.peek("tab") is None
-        assert tabs.find("tab") is conversation
-        patch.setattr(visitors, "KEEP_TEXT", 0)
+        assert tabs.find("tab") is tab
+        assert len(engine.sessions) == 1
+        assert tabs.come_back("other", tab.secret) is None, "it is open"
         tabs.leave("tab")
-        tabs.leave("another")
+        assert tabs.come_back("other", "a guess") is None
+        assert tabs.come_back("other", tab.secret) is tab
         assert tabs.find("tab") is None
+        patch.setattr(visitors, "KEEP_TEXT", 0)
+        tabs.leave("other")
+        assert tabs.come_back("third", tab.secret) is None
 
 
 def test_an_example_is_asked(url, visit):

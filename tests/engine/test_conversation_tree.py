@@ -243,6 +243,24 @@ def test_a_fork_outlives_its_origin(conversation: Conversation) -> None:
     assert say(late, "And a slot?").tokens == answer.tokens, "of a closed session: computed again"
 
 
+def test_conversations_that_are_opened_again_share_again(launch: Callable[..., Engine]) -> None:
+    """Their old blocks are of a domain that is gone; what one of them computes anew is found by the other."""
+    engine = launch(sharing="system")
+    conversation = Conversation(engine)
+    say(conversation, QUESTION)
+    fork = conversation.fork(1)
+    for talk in (conversation, fork):
+        talk.close()
+    conversation.reopen()
+    fork.reopen(conversation.session)
+    key = fork.session.key
+    first, second = (say(talk, "And a slot?") for talk in (conversation, fork))
+    assert first.last.cached_tokens == len(engine.systems[0].tokens)
+    assert second.last.cached_tokens > known(fork.shown[0])
+    fork.reopen(conversation.session)
+    assert fork.session.key == key, "it is open"
+
+
 def test_an_expired_session_goes_on_in_any_branch(launch: Callable[..., Engine]) -> None:
     """What is in the cache still is found by all branches; then all of it is evicted, and computed again."""
     engine = launch(kv_blocks=80)
