@@ -76,16 +76,17 @@ function rowOf(message) {
   return next?.matches('.message-buttons') ? next : message
 }
 
-function barIn(row) {
-  const there = row.querySelector(':scope > .branches')
-  if (!there) row.append(newBar())
-  return there ?? row.lastChild
+function barOf(message) {
+  const row = rowOf(message)
+  const bar = [row, message].map((place) => place.querySelector(':scope > .branches')).find(Boolean) ?? newBar()
+  if (bar.parentNode !== row) row.append(bar)
+  return bar
 }
 
 function drawBars({ busy, partings }) {
   const at = new Map(partings.map((parting) => [parting.message, parting]))
   card.querySelectorAll('#chat .message-row').forEach((message, index) => {
-    updateBar(barIn(rowOf(message)), index, at.get(index), busy)
+    updateBar(barOf(message), index, at.get(index), busy)
   })
 }
 

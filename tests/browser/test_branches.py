@@ -134,6 +134,22 @@ def test_branches_by_keyboard(site: Site, arrive):
     visitor.page.get_by_role("group", name="2 of 2").wait_for()
 
 
+def test_the_buttons_come_back_whatever_gradio_drops(site: Site, arrive):
+    """Its rows of buttons are not ours. Where it has none, ours are at the message itself."""
+    visitor = arrive()
+    limit(visitor, 2)
+    visitor.ask(QUESTION)
+    retry(visitor)
+    forks = visitor.page.get_by_role("button", name="Fork here")
+    visitor.page.evaluate("document.querySelectorAll('.branches').forEach(bar => bar.remove())")
+    wait_until(lambda: forks.count() == 2)
+    visitor.page.evaluate("document.querySelectorAll('#chat .message-buttons').forEach(row => row.className = '')")
+    visitor.page.evaluate("document.querySelectorAll('.branches').forEach(bar => bar.remove())")
+    wait_until(lambda: visitor.page.locator(".message-row > .branches").count() == 2)
+    press(visitor, "Previous branch", "Branches at answer 1: 1 of 2")
+    assert forks.count() == 2
+
+
 def test_nothing_that_was_written_runs_in_the_buttons(site: Site, arrive):
     visitor = arrive()
     limit(visitor, 2)
