@@ -92,8 +92,9 @@ class Settings(BaseSettings):
         None, ge=2, description="Longest prompt and answer together, in tokens; left out, the model's own limit."
     )
     max_sequences: int = Field(256, ge=1, le=4096, description="Sequences that may run at once.")
+    # A CUDA grid has at most so many programs along its second axis.
     max_step_tokens: int = Field(
-        2048, ge=1, le=2**20, description="Tokens that one step may compute over all sequences."
+        2048, ge=1, le=2**16 - 1, description="Tokens that one step may compute over all sequences."
     )
     max_output_tokens: int | None = Field(
         None, ge=1, description="Longest answer, in tokens; left out, to the end of the context."

@@ -10,6 +10,8 @@ from chatpage.schedule.request import Delta
 
 log = logging.getLogger(__name__)
 
+MOST_PENDING = 16  # deltas that nobody has fetched; more are merged, since many small objects cost the collector time
+
 
 class Stream(AsyncIterator[Delta]):
     """Deltas of one request, for one reader: `async for` on an event loop, or `for` on a thread.
@@ -44,6 +46,8 @@ class Stream(AsyncIterator[Delta]):
                 log.exception("A stream's listener failed")
         with self._lock:
             self._pending.append(delta)
+            if len(self._pending) == MOST_PENDING:
+                self._pending = [Delta.merged(self._pending)]
             self._finished = delta.state == "done"
             self._lock.notify_all()
 

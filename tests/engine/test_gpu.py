@@ -18,7 +18,9 @@ from chatpage.schedule.request import Prompt, Request
 from tests.checkpoints import make
 from tests.engine.harness import paused, read, start
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="what a GPU has no memory for only a GPU can tell"
+)
 
 ON_GPU: dict[str, Any] = {
     "device": "cuda",
@@ -112,8 +114,9 @@ def test_the_largest_steps_fit_beside_the_pool(run: Callable[..., Engine], setti
     print(f"{settings}: pool {pool_bytes >> 20} MiB of {LEFT >> 20}, left {torch.cuda.mem_get_info()[0] >> 20}")
 
 
-def test_a_step_too_large_is_refused_with_one_that_fits(run: Callable[..., Engine]) -> None:
-    said = refusal(run, max_step_tokens=2**19, max_sequences=8)
+def test_a_step_too_large_is_refused_with_one_that_fits(run: Callable[..., Engine], others: list[torch.Tensor]) -> None:
+    others.append(torch.empty(LEFT - 2**30, dtype=torch.uint8, device="cuda"))
+    said = refusal(run, max_step_tokens=2**16 - 1, max_sequences=8)
     print(said)
     advised = int(said.rstrip(".").split("use --max-step-tokens ")[1])
     engine = run(max_step_tokens=advised, max_sequences=8)
