@@ -124,7 +124,8 @@ def test_a_step_too_large_is_refused_with_one_that_fits(run: Callable[..., Engin
 
 
 def test_a_context_too_long_is_refused_with_one_that_fits(run: Callable[..., Engine]) -> None:
-    said = refusal(run, max_model_len=16_000, kv_memory=0.05)
+    for _ in range(2):  # a first start leaves behind what CUDA keeps for good
+        said = refusal(run, max_model_len=16_000, kv_memory=0.05)
     print(said)
     for way in said.rstrip(".").split("--")[-2:]:
         name, value = way.split()[:2]
