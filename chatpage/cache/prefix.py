@@ -73,12 +73,12 @@ class PrefixTree:
         node, start = self.root, 0
         while start < len(tokens):
             chunk = tuple(tokens[start : start + self.block_size])
-            child, length = node.longest_head(domain, chunk)
             shareable = chunk[: max(0, system_tokens - start)]
-            if shareable:
-                system_child, system_length = node.longest_head(SYSTEM, shareable)
-                if system_length >= length:
-                    child, length = system_child, system_length
+            child, length = node.longest_head(SYSTEM, shareable) if shareable else (None, 0)
+            if length < len(chunk):
+                own, own_length = node.longest_head(domain, chunk)
+                if own_length > length:
+                    child, length = own, own_length
             if child is None:
                 break
             found.append((child, length))
