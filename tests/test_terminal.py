@@ -80,8 +80,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat() -> None:
         terminal.expect("  1  ├─ What is a block?")
         terminal.expect("* 2  └─ What is a slot?")
         terminal.expect("3> ")
-        time.sleep(0.3)  # readline is deaf for a moment, between its prompt and its first wait for a key
-        terminal.type("\x03")  # meant for an answer that has just ended: the chat goes on
+        terminal.press("\x03")  # meant for an answer that has just ended: the chat goes on
         terminal.expect("3> ")
         terminal.type("/quit now\n")
         assert terminal.end() == 0
@@ -119,6 +118,13 @@ class Terminal:
 
     def type(self, keys: str) -> None:
         os.write(self._master, keys.encode())
+
+    def press(self, key: str) -> None:
+        """Press a key until something comes: readline is deaf between its prompt and its first wait for one."""
+        for _ in range(30):
+            self.type(key)
+            if select.select([self._master], [], [], 2)[0]:
+                return
 
     def expect(self, text: str) -> str:
         """Read until this text has come. Returns what came before it."""
