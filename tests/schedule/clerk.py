@@ -17,7 +17,7 @@ class Before:
     running: list[Sequence]
     preempted: list[Sequence]
     waiting: list[Sequence]
-    resting: list[Session]
+    resting: dict[Session, list[Sequence]]
     held_back: set[Sequence]  # until somebody has computed a block
     in_flight: dict[Sequence, Chunk]  # what is computed for it, and not read back yet
     era: int
@@ -53,18 +53,69 @@ class Clerk:
         self._cached: dict[Sequence, int | None] = {}
         self._ahead: dict[Sequence, int] = {}  # how many waited when it came, itself included
         self._overtaken: Counter[Sequence] = Counter()  # how many new ones were started when it might have been
+        self._first: dict[Sequence, Sequence] = {}  # of each reply, the first one to the same prompt
+        # Replies that forked one table and have it still, with the one whose it was; by that, and how often it lost it.
+        self._forks: dict[tuple[Sequence, int], list[Sequence]] = {}
+        self._lost: Counter[Sequence] = Counter()
+        self._parted: set[Sequence] = set()  # those with a slot behind their prompt
+        self._copied: dict[Sequence, tuple[int, int]] = {}  # since it was looked how things are
 
-    def comes(self, sequence: Sequence) -> None:
+    # -- what is heard --------------------------------------------------------------------------------------------
+
+    def comes(self, sequence: Sequence, first: Sequence) -> None:
+        assert self.scheduler.waiting[-1] is sequence
         self._ahead[sequence] = len(self.scheduler.waiting)
+        self._first[sequence] = first
+
+    def forks(self, sequence: Sequence, parent: Sequence, at: int) -> None:
+        """A reply gets the table of the first one, which takes no block, but its first write may take one."""
+        assert (parent, at) == (self._first[sequence], sequence.prompt_length), "forks another table, or elsewhere"
+        assert (sequence.state, sequence.table.length) == ("queued", 0)
+        assert self.pool.available or self.scheduler.resting, "forks although the pool is full"
+        self._forks.setdefault((parent, self._lost[parent]), [parent]).append(sequence)
+
+    def has_slots(self, sequence: Sequence, end: int) -> None:
+        if end > sequence.prompt_length:
+            self._parted.add(sequence)
+
+    def copies(self, sequence: Sequence, source: int, target: int) -> None:
+        self._copied[sequence] = (source, target)
+
+    def loses(self, sequence: Sequence) -> None:
+        """It is preempted. What it is given later is its own."""
+        self._lost[sequence] += 1
+        self._parted.discard(sequence)
+        for family in self._forks.values():
+            if sequence in family:
+                family.remove(sequence)
+
+    def check_forks(self) -> None:
+        """They hold the whole blocks of their prompt in common; the rest of it too, until they write behind it."""
+        for family in self._forks.values():
+            there = [sequence for sequence in family if sequence.table.length]
+            if len(there) > 1:
+                self._check_family(there)
+
+    def _check_family(self, family: list[Sequence]) -> None:
+        size = self.pool.block_size
+        whole, tail = divmod(family[0].prompt_length, size)
+        assert len({tuple(sequence.table.blocks[:whole]) for sequence in family}) == 1, "a prompt is there twice"
+        parted = [sequence for sequence in family if sequence in self._parted]
+        own = sum(len(sequence.table.blocks) - whole for sequence in parted)
+        common = bool(tail) and len(parted) < len(family)  # the others still have the prompt's last block in common
+        used = len(set().union(*(sequence.table.blocks for sequence in family))) - whole
+        # One that parted may have done so in that very block.
+        assert used - own == common or (parted and used == own), f"{used} blocks where {own + common} will do"
 
     def before(self, flight: Step | None) -> Before:
         """How things are before a step, while that one is in flight."""
         scheduler = self.scheduler
+        self._copied.clear()
         return Before(
             list(scheduler.running),
             list(scheduler.preempted),
             list(scheduler.waiting),
-            list(scheduler.resting),
+            {session: list(session.resting) for session in scheduler.resting},
             {s for s in (*scheduler.preempted, *scheduler.waiting) if s.awaits is not None},
             {chunk.sequence: chunk for chunk in flight.chunks if chunk.is_wanted} if flight else {},
             self.era(),
@@ -101,11 +152,13 @@ class Clerk:
         for sequence in step.exhausted:
             assert sequence not in before.in_flight, "ended although a token of it is still to come"
         had_work = bool(before.running or before.preempted or before.waiting)
-        may_rest = step.lacks_room or any(map(before.sits_out, before.running))
+        may_rest = step.lacks_room or any(self._idles(before, sequence) for sequence in before.running)
         assert bool(chosen or step.exhausted) == had_work or may_rest, "an empty step although there is work"
         for sequence in step.exhausted:
             assert not self.fits(len(sequence.tokens), sequence.system_tokens), "ended although it fits"
             assert sequence not in step.preempted, "lost its blocks although nobody else needs them"
+        assert step.copies == list(self._copied.values()), "not the copies that were asked for"
+        assert not self._copied.keys() & before.in_flight.keys(), "a block is replaced that a step in flight uses"
         self._check_running(before, step)
         self._check_started(before, step)
 
@@ -119,7 +172,7 @@ class Clerk:
         chosen = [chunk.sequence for chunk in step.chunks if chunk.sequence in before.running]
         for sequence in chosen:
             assert not (before.pending(sequence) and before.length(sequence) == sequence.limit), "after its last token"
-        idle = {s for s in before.running if before.sits_out(s) and s not in chosen}
+        idle = {s for s in before.running if s not in chosen and self._idles(before, s)}
         gone = {*step.preempted, *step.exhausted, *idle}
         kept = [s for s in before.running if s not in gone]
         assert chosen == kept[: len(chosen)], "not the oldest first"
@@ -133,10 +186,18 @@ class Clerk:
             assert victim not in before.in_flight, "loses blocks that a step in flight writes"
             assert all(s.id < victim.id for s in chosen), "an older one is preempted for a newer one"
         assert not (step.preempted and self.scheduler.resting), "preempted while tables rest"
-        woken = {chunk.sequence.session for chunk in step.chunks}
+        started = {chunk.sequence.session: chunk.sequence for chunk in step.chunks}
         left = list(self.scheduler.resting)
-        others = [session for session in before.resting if session not in woken]
+        others = [session for session, last in before.resting.items() if not self._follows(started.get(session), last)]
         assert left == others[len(others) - len(left) :], "not the longest rested first"
+
+    def _idles(self, before: Before, sequence: Sequence) -> bool:
+        """Whether it has nothing to do, at first or by the time when it had its turn."""
+        return before.sits_out(sequence) or (bool(before.pending(sequence)) and self._copies(sequence))
+
+    def _follows(self, sequence: Sequence | None, last: list[Sequence]) -> bool:
+        """Whether it is of a turn after that one."""
+        return sequence is not None and self._first[sequence] is not self._first[last[0]]
 
     def _check_lack(self, before: Before, step: Step, sequence: Sequence) -> None:
         """The step in flight is to be read back first, as this one has no room, and somebody there might end."""
@@ -159,6 +220,7 @@ class Clerk:
         new = [chunk.sequence for chunk in started if chunk.sequence in before.waiting]
         assert not (new and self.scheduler.preempted), "a new one before all that were preempted are back"
         self._follow(before, step, started)
+        self._check_replies([chunk for chunk in started if chunk.sequence in new])
         self._check_patience(new)
 
     def _follow(self, before: Before, step: Step, started: list[Chunk]) -> None:
@@ -174,13 +236,43 @@ class Clerk:
             if left and left[0].sequence is candidate:
                 budget -= left.pop(0).count
                 admitted[0] += candidate in before.waiting
-            elif self._waits(candidate, before):
+            elif self._awaits_prompt(candidate):
+                continue
+            elif not self._may_fork(candidate) and self._waits(candidate, before):
                 if not left and not self._fits(candidate):
                     break  # either may have kept it back, so those behind it may be kept back too
             else:
                 assert not self._fits(candidate), f"{candidate.id} is not started, and nothing is in its way"
                 break
         assert not left, f"{[chunk.sequence.id for chunk in left]} started out of turn"
+
+    def _check_replies(self, new: list[Chunk]) -> None:
+        """A reply forks the first one's table once the prompt is there, unless that one has ended before."""
+        for chunk in new:
+            sequence, first = chunk.sequence, self._first[chunk.sequence]
+            assert not self._awaits_prompt(sequence), "a reply starts before its prompt is computed"
+            assert self._may_fork(sequence) == (sequence in self._forks.get((first, self._lost[first]), [])[1:])
+            if self._may_fork(sequence):
+                length = sequence.prompt_length
+                assert (chunk.start, chunk.count, chunk.stores) == (length - 1, 1, False)
+                blocks = list(first.table.blocks[: -(-length // self.pool.block_size)])
+                assert list(sequence.table.blocks) == blocks, "a fork takes a block, or leaves one out"
+
+    def _awaits_prompt(self, sequence: Sequence) -> bool:
+        """Whether the first reply has still to compute what this new one is to fork."""
+        scheduler, first = self.scheduler, self._first[sequence]
+        is_there = first in (*scheduler.running, *scheduler.preempted, *scheduler.waiting)
+        return self._is_to_fork(sequence) and is_there and first.computed < sequence.prompt_length
+
+    def _may_fork(self, sequence: Sequence) -> bool:
+        """Whether a new reply has only to fork the first one's table."""
+        first = self._first[sequence]
+        is_there = first in self.scheduler.running and first.computed >= sequence.prompt_length
+        return self._is_to_fork(sequence) and is_there
+
+    def _is_to_fork(self, sequence: Sequence) -> bool:
+        """Whether it is a new one, but not the first."""
+        return self._first[sequence] is not sequence and not sequence.generated and not self._lost[sequence]
 
     def _in_order(self, before: Before, admitted: list[int]) -> Iterator[Sequence]:
         """The preempted ones by arrival; then new ones by what was served, every eighth by arrival."""
@@ -217,6 +309,8 @@ class Clerk:
         """Whether its first chunk has room beside all who run, if no table rested."""
         pool, size = self.pool, self.pool.block_size
         held = pool.pinned.union(*(other.table.blocks for other in self.scheduler.running))
+        if self._may_fork(sequence):  # its first write takes one
+            return pool.num_blocks > len(held)
         matches = sequence.table.matches(sequence.tokens)
         found = sum(length for _, length in matches)
         end = min(len(sequence.tokens), found + self.scheduler.max_step_tokens)
@@ -227,7 +321,7 @@ class Clerk:
     def _check_patience(self, new: list[Sequence]) -> None:
         """Nobody waits for ever while newcomers keep coming."""
         for sequence in self.scheduler.waiting:
-            if new and not self._waits(sequence):
+            if new and not self._awaits_prompt(sequence) and not self._waits(sequence):
                 self._overtaken[sequence] += len(new)
                 most = PATIENCE * self._ahead[sequence]
                 assert self._overtaken[sequence] <= most, f"{sequence.id} was overtaken more than {most} times"

@@ -24,13 +24,14 @@ def state(before: Tokens[int], token: int) -> int:
     return hash((*before, token))
 
 
-def draw(last: int) -> int:
-    return last % ALPHABET
+def draw(last: int, choice: int) -> int:
+    """Each reply to a prompt looks at other digits, so some go the same way for a while, and then part."""
+    return (last >> 3 * choice) % ALPHABET
 
 
-def answer(prompt: Tokens[int], count: int) -> list[int]:
+def answer(prompt: Tokens[int], count: int, choice: int = 0) -> list[int]:
     """The next `count` tokens, computed without any pool."""
-    oracle = Oracle()
+    oracle = Oracle(choice)
     tokens = list(prompt)
     for _ in range(count):
         tokens.append(oracle.next(tokens))
@@ -38,9 +39,10 @@ def answer(prompt: Tokens[int], count: int) -> list[int]:
 
 
 class Oracle:
-    """The token that follows others, computed without any pool. It goes on from what it was asked last."""
+    """The token that follows others in one reply, computed without any pool. It goes on from what it was asked last."""
 
-    def __init__(self) -> None:
+    def __init__(self, choice: int = 0) -> None:
+        self._choice = choice
         self._states: list[int] = []
 
     def states(self, tokens: Tokens[int]) -> list[int]:
@@ -50,7 +52,7 @@ class Oracle:
         return self._states[: len(tokens)]
 
     def next(self, tokens: Tokens[int]) -> int:
-        return draw(self.states(tokens)[-1])
+        return draw(self.states(tokens)[-1], self._choice)
 
 
 class FakePool(BlockPool):
@@ -143,10 +145,16 @@ class FakeModel:
     def _check_writes(self, step: Step) -> None:
         places = [place for chunk in step.chunks if chunk.stores for place in self._places(chunk)]
         assert len(set(places)) == len(places), "a slot is written twice in one step"
-        for block, _ in places:
-            assert self.pool.ref[block] == 1, f"block {block} is written under {self.pool.ref[block]} references"
+        for block, offset in places:
+            forks = [chunk for chunk in step.chunks if self._forks(chunk, block, offset)]
+            assert self.pool.ref[block] == 1 + len(forks), f"block {block} is written under other references"
             assert self.pool.node[block] is None, f"block {block} is written although it can be found"
             assert block not in self.pool.pinned, f"block {block} is written although it is pinned"
+
+    def _forks(self, chunk: Chunk, block: int, offset: int) -> bool:
+        """Whether it forked, after another one had got that slot, a table with that block; and has no such slot."""
+        blocks, size = chunk.sequence.table.blocks, self.pool.block_size
+        return not chunk.stores and block in blocks and chunk.end <= blocks.index(block) * size + offset
 
     def _places(self, chunk: Chunk) -> list[tuple[int, int]]:
         blocks, size = chunk.sequence.table.blocks, self.pool.block_size
@@ -157,20 +165,28 @@ class FakeModel:
         if row.is_broken and chunk.is_wanted:
             self._spoil(row.blocks)
             return None
-        before = [self.slots[row.blocks[p // size]][p % size] for p in range(chunk.start)]
+        before = self._read(row.blocks, chunk.start)
         for position, token in enumerate(row.tokens, chunk.start):
             if token is None:
                 token = self._drawn[chunk.sequence]
             before.append(GARBAGE if token is None or row.is_broken else state(before, token))
             if chunk.stores:
                 self.slots[row.blocks[position // size]][position % size] = before[-1]
-        return draw(before[-1]) if chunk.draws and not row.is_broken else None
+        return draw(before[-1], chunk.sequence.choice) if chunk.draws and not row.is_broken else None
+
+    def _read(self, blocks: Tokens[int], count: int) -> list[int]:
+        size = self.pool.block_size
+        return [self.slots[blocks[p // size]][p % size] for p in range(count)]
+
+    def held(self, sequence: Sequence) -> list[int]:
+        """What the slots hold of which it is known that they are computed."""
+        return self._read(sequence.table.blocks, sequence.computed)
 
     def spoil(self, sequence: Sequence) -> None:
         """Fill all that a sequence holds, the pinned blocks apart, with garbage."""
         self._spoil(sequence.table.blocks)
 
-    def _spoil(self, blocks: list[int]) -> None:
+    def _spoil(self, blocks: Tokens[int]) -> None:
         for block in set(blocks) - self.pool.pinned:
             self.slots[block] = [GARBAGE] * self.pool.block_size
 

@@ -28,12 +28,16 @@ TOKENS = st.sampled_from([0, 0, 0, *range(ALPHABET)])  # so that prefixes of str
 SAID = st.lists(TOKENS, min_size=1, max_size=9)
 COUNTS = st.integers(1, 8)
 WHO = st.integers(0, 15)
+REPLIES = st.sampled_from([1, 1, 1, 2, 3, 5])
+CHOICE = st.none() | st.integers(0, 4)
+STEPS = st.sampled_from([0, 1, 2, 4, 20, 20])
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Visitors with a session or without, each in a domain of his own or all in one, under a system prompt or none.
 
-    Steps are read back before the next one is scheduled, or after it was launched.
+    A prompt is replied to once or several times. Steps are read back before the next one is scheduled, or after it was
+    launched.
     """
 
     @initialize(
@@ -65,10 +69,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.model = FakeModel(self.pool)
         self.overlaps = overlaps
         self.flight: FakeFlight | None = None
-        self.lives: Counter[int] = Counter()  # how often each sequence ended or lost its blocks
-        self.lives_at_launch: dict[int, int] = {}  # by the identity of a chunk in flight
+        self.lost: Counter[int] = Counter()  # how often each sequence lost its blocks
+        self.lost_at_launch: dict[int, int] = {}  # by the identity of a chunk in flight
         self.known: dict[int, Sequence] = {}
+        self.turns: dict[int, list[Sequence]] = {}  # of each sequence all replies to its prompt, itself included
+        self.choice: dict[int, int] = {}  # which of them it is
         self.domain: dict[int, Hashable] = {}  # of each published block
+        self.names: dict[int, int] = {}  # how many tokens of each published block can be found
         self.oracles: dict[int, Oracle] = {}
         self.right: dict[int, int] = {}  # how many tokens of each sequence were found to be right
         self.limits: dict[int, int] = {}
@@ -93,27 +100,58 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.view.apply(event)
         self.heard.append(event)
         kind, block = event.kind, event.block
-        self.lives[event.sequence] += kind in ("preempt", "end") or event.state == "resting"
-        if kind == "publish" and (sequence := self.known.get(event.sequence)):
-            is_full = event.fill == self.pool.block_size
-            assert is_full or sequence not in self.scheduler.running, "the tail of a turn that goes on is published"
-            start = sequence.table.blocks.index(block) * self.pool.block_size
-            end = start + event.fill
-            self.domain[block] = SYSTEM if end <= sequence.system_tokens else sequence.table.domain
-            states = self.oracles[sequence.id].states(sequence.tokens[:end])
-            assert self.model.slots[block][: event.fill] == states[start:], (
-                f"block {block} is not what it is said to be"
-            )
-        elif kind == "publish":
-            self.domain[block] = SYSTEM  # only system prompts are computed before anybody is known
-        elif kind == "share":
-            self.check_isolation(self.known[event.sequence], block, event.at)
+        if event.sequence in self.known:
+            self.hear_of(self.known[event.sequence], event)
+        if kind == "publish":
+            self.names[block] = event.fill
+            self.domain.setdefault(block, SYSTEM)  # only system prompts are computed before anybody is known
         elif kind in ("unpublish", "evict"):
-            del self.domain[block]
+            del self.names[block], self.domain[block]
         is_tail = event.reason == "written by its sole holder" and self.pool.fill[block] < self.pool.block_size
         if kind in ("evict", "preempt") or (kind == "unpublish" and not is_tail):
             self.era += 1
             self.computed.clear()
+
+    def hear_of(self, sequence: Sequence, event: Event) -> None:
+        """What happens to the table of one who is known."""
+        if event.kind == "preempt":
+            self.lost[sequence.id] += 1
+            self.clerk.loses(sequence)
+        elif event.kind == "fork":
+            self.clerk.forks(sequence, self.known[event.parent], event.at)
+        elif event.kind == "share" and event.reason != "fork":
+            self.check_isolation(sequence, event.block, event.at)
+        elif event.kind == "copy":
+            self.check_copy(event.source)
+            self.clerk.copies(sequence, event.source, event.block)
+        elif event.kind == "write":
+            self.check_write(event.block)
+        elif event.kind == "publish":
+            self.check_content(sequence, event.block, event.fill)
+        self.clerk.has_slots(sequence, event.at)
+
+    def check_content(self, sequence: Sequence, block: int, fill: int) -> None:
+        is_full = fill == self.pool.block_size
+        assert is_full or sequence not in self.scheduler.running, "the tail of a turn that goes on is published"
+        start = sequence.table.blocks.index(block) * self.pool.block_size
+        end = start + fill
+        self.domain[block] = SYSTEM if end <= sequence.system_tokens else sequence.table.domain
+        states = self.oracles[sequence.id].states(sequence.tokens[:end])
+        assert self.model.slots[block][:fill] == states[start:], f"block {block} is not what it is said to be"
+
+    def holders(self, block: int) -> int:
+        return sum(block in s.table for session in self.view.sessions.values() for s in session.sequences.values())
+
+    def check_write(self, block: int) -> None:
+        """The write rule, at the moment at which a slot is given out."""
+        is_free = block not in self.pool.pinned and block not in self.domain
+        assert is_free, f"block {block} is written, which is pinned or published"
+        assert self.holders(block) == 1, f"block {block} is written, which {self.holders(block)} hold"
+
+    def check_copy(self, source: int) -> None:
+        """The write rule asks for it: others hold the block besides the writer, whose table has the copy by now."""
+        needed = source in self.pool.pinned or self.names.get(source) == self.pool.block_size or self.holders(source)
+        assert needed, f"block {source} is copied although nothing forbids to write it"
 
     def check_isolation(self, sequence: Sequence, block: int, at: int) -> None:
         domain = self.domain[block]
@@ -136,31 +174,52 @@ class SchedulerMachine(RuleBasedStateMachine):
     def rested(self) -> list[Sequence]:
         return [sequence for session in self.scheduler.resting for sequence in session.resting]
 
-    def submit(self, session: Session, prompt: Prompt, count: int) -> Sequence | None:
+    def one_who_rests(self, visitor: int) -> Session:
+        """A visitor with several replies that rest, if there is one."""
+        among = [session for session in self.visitors if len(session.resting) > 1] or self.visitors
+        return among[visitor % len(among)]
+
+    def may_ask(self, session: Session, prompt: Prompt) -> bool:
         if session.keeps and session.active:  # the engine refuses a second turn of a session
-            return None
+            return False
         fits = self.clerk.fits(len(prompt.tokens) + 1, prompt.system_tokens)
         try:
             self.scheduler.require_room(prompt)
         except RequestError:
             assert not fits
-            return None
+            return False
         assert fits
+        return True
+
+    def submit(self, session: Session, prompt: Prompt, count: int, replies: int = 1) -> list[Sequence]:
+        """A turn with so many replies; none of them where it is refused."""
+        if not self.may_ask(session, prompt):
+            return []
         least = min((s.session.served for s in self.live()), default=0)
         lifted = session.served if session.active else max(session.served, least)
         # Every second one ends by what it draws, which nobody knows beforehand; every fifth looks at what it drew.
         limit = len(prompt.tokens) + count if self.asked % 2 else None
         params = SamplingParams(presence_penalty=float(self.asked % 5 == 0))
         self.asked += 1
-        sequence = self.scheduler.submit(session, prompt, params, limit=limit)
+        first = self.scheduler.submit(session, prompt, params, seed=self.asked, limit=limit)
         assert session.served == lifted, "having been away earns credit"
         self.served[session] = lifted
-        self.known[sequence.id] = sequence
-        self.oracles[sequence.id] = Oracle()
-        self.right[sequence.id] = len(prompt.tokens)
-        self.limits[sequence.id] = len(prompt.tokens) + count
-        self.clerk.comes(sequence)
-        return sequence
+        turn: list[Sequence] = []
+        for choice in range(replies):
+            self.welcome(self.scheduler.submit_reply(first, choice) if choice else first, count, turn)
+        return turn
+
+    def welcome(self, sequence: Sequence, count: int, turn: list[Sequence]) -> None:
+        """Another reply of a turn, which ends a little before the others."""
+        number, choice = sequence.id, len(turn)
+        turn.append(sequence)
+        for same in ("session", "tokens", "system_tokens", "params", "seed", "limit"):
+            assert getattr(sequence, same) == getattr(turn[0], same), f"a reply with another {same}"
+        self.known[number], self.turns[number], self.choice[number] = sequence, turn, choice
+        self.oracles[number] = Oracle(choice)
+        self.right[number] = len(sequence.tokens)
+        self.limits[number] = len(sequence.tokens) + max(1, count - choice % 3)
+        self.clerk.comes(sequence, turn[0])
 
     @rule(visitor=WHO, stays=st.booleans(), under_system=st.booleans(), said=SAID, count=COUNTS)
     def arrive(self, visitor: int, stays: bool, under_system: bool, said: list[int], count: int) -> None:
@@ -169,15 +228,35 @@ class SchedulerMachine(RuleBasedStateMachine):
         system = self.system if under_system else ()
         self.submit(session, Prompt((*system, *said), len(system)), count)
 
-    @rule(visitor=WHO, said=SAID, count=COUNTS, regrets=st.booleans(), fails=st.booleans())
-    def go_on(self, visitor: int, said: list[int], count: int, regrets: bool, fails: bool) -> None:
-        """The next turn of a session whose table rests; or it ends before it began, and that table rests as before."""
-        session = self.visitors[visitor % VISITORS]
+    @rule(
+        visitor=WHO, stays=st.booleans(), said=SAID, count=COUNTS, replies=st.integers(2, 5), steps=STEPS, keeps=CHOICE
+    )
+    def reply(
+        self, visitor: int, stays: bool, said: list[int], count: int, replies: int, steps: int, keeps: int | None
+    ) -> None:
+        """Several replies to one prompt; after some steps they fork, part, and rest; and one of them may be kept."""
+        session = self.visitors[visitor % VISITORS] if stays else self.session(visitor, keeps=False)
+        self.submit(session, self.prompt(session, said, count), count, replies)
+        self.step(steps)
+        if keeps is not None:
+            self.keep(visitor, keeps)
+
+    def prompt(self, session: Session, said: list[int], which: int) -> Prompt:
+        """What follows one of the replies that rest, or begins anew."""
+        if session.resting:
+            last = session.resting[which % len(session.resting)]
+            return Prompt((*last.tokens, *said), last.system_tokens)
+        return Prompt((*self.system, *said), len(self.system))
+
+    @rule(visitor=WHO, said=SAID, count=COUNTS, replies=REPLIES, regrets=st.booleans(), fails=st.booleans())
+    def go_on(self, visitor: int, said: list[int], count: int, replies: int, regrets: bool, fails: bool) -> None:
+        """The next turn, from any reply that rests; or it ends before it began, and their tables rest as before."""
+        session = self.one_who_rests(visitor)
         if rested := session.resting[:]:
-            last = rested[count % len(rested)]
-            sequence = self.submit(session, Prompt((*last.tokens, *said), last.system_tokens), count)
-            if sequence and regrets:
-                (self.scheduler.fail if fails else self.scheduler.end)(sequence, "ended early")
+            turn = self.submit(session, self.prompt(session, said, count), count, replies)
+            if turn and regrets:
+                for sequence in turn:
+                    (self.scheduler.fail if fails else self.scheduler.end)(sequence, "ended early")
                 assert session.resting == rested
 
     @rule(who=WHO, visitor=WHO, back=st.integers(0, 12), said=st.lists(TOKENS, max_size=9), count=COUNTS)
@@ -196,12 +275,23 @@ class SchedulerMachine(RuleBasedStateMachine):
             session.domain = origin.table.domain
         self.submit(session, Prompt(tokens, max(0, known)), count)
 
-    @rule(visitor=WHO, number=st.integers(2, 4), said=SAID, count=COUNTS, same=st.booleans(), known=st.booleans())
-    def twins(self, visitor: int, number: int, said: list[int], count: int, same: bool, known: bool) -> None:
+    @rule(
+        visitor=WHO,
+        number=st.integers(2, 4),
+        said=SAID,
+        count=COUNTS,
+        replies=REPLIES,
+        same=st.booleans(),
+        known=st.booleans(),
+    )
+    def twins(
+        self, visitor: int, number: int, said: list[int], count: int, replies: int, same: bool, known: bool
+    ) -> None:
         """The same question several times at once, of one visitor or of several, some under a prompt of their own."""
         for i in range(number):
             session = self.session(visitor if same else visitor + i, keeps=False)
-            self.submit(session, Prompt((*self.system, *said), len(self.system) if known or i % 2 else 0), count)
+            prompt = Prompt((*self.system, *said), len(self.system) if known or i % 2 else 0)
+            self.submit(session, prompt, count, replies if i < 2 else 1)
 
     @rule(rounds=st.integers(1, 20), said=TOKENS)
     def flood(self, rounds: int, said: int) -> None:
@@ -215,12 +305,32 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(who=WHO)
     def cancel(self, who: int) -> None:
         if sequence := self.pick(who, self.live()):
-            computed, is_findable = sequence.computed, sequence.table.is_findable
-            self.scheduler.end(sequence, "abort")
-            found = sum(length for _, length in sequence.table.matches(sequence.tokens[:computed]))
-            assert found == computed or not is_findable, f"of {computed} tokens only {found} can be found"
-            self.check_rest(sequence, computed)
-            self.end_again(sequence)
+            self.stop(sequence)
+
+    @rule(who=WHO, which=st.sampled_from(["first", "another", "all"]))
+    def regret(self, who: int, which: str) -> None:
+        """Of several replies to a prompt the first one is stopped, another one, or all, wherever each of them is."""
+        live = [s for s in self.live() if len(self.turns[s.id]) > 1]
+        among = {"first": [s for s in live if not self.choice[s.id]], "another": [s for s in live if self.choice[s.id]]}
+        if sequence := self.pick(who, among.get(which, live)):
+            for other in live if which == "all" else [sequence]:
+                if self.turns[other.id] is self.turns[sequence.id]:
+                    self.stop(other)
+
+    def stop(self, sequence: Sequence) -> None:
+        """What it computed can be found by others, all of it."""
+        computed, may_be_found = sequence.computed, sequence.table.is_findable and not self.has_short_name(sequence)
+        self.scheduler.end(sequence, "abort")
+        found = sum(length for _, length in sequence.table.matches(sequence.tokens[:computed]))
+        assert found == computed or not may_be_found, f"of {computed} tokens only {found} can be found"
+        self.check_rest(sequence, computed)
+        self.end_again(sequence)
+
+    def has_short_name(self, sequence: Sequence) -> bool:
+        """Whether a fork that ended earlier has published, of a block that both held, only what it had there."""
+        blocks, size = sequence.table.blocks, self.pool.block_size
+        held = {block: min(size, sequence.computed - logical * size) for logical, block in enumerate(blocks)}
+        return any(self.names.get(block, count) < count for block, count in held.items())
 
     def check_rest(self, sequence: Sequence, computed: int) -> None:
         """A session's table rests after its turn, if there is anything in it."""
@@ -237,8 +347,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(who=WHO)
     def fail(self, who: int) -> None:
-        """A turn fails between two steps."""
-        if sequence := self.pick(who, self.live()):
+        """A turn fails between two steps; one beside which others rest, if there is one."""
+        beside = [sequence for sequence in self.live() if sequence.session.resting]
+        if sequence := self.pick(who, beside or self.live()):
             self.model.spoil(sequence)
             self.fail_one(sequence)
             self.end_again(sequence)
@@ -271,6 +382,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.wake(session, "the session was closed")
         assert not session.resting
         assert session.active == 0
+
+    @rule(visitor=WHO, choice=st.integers(0, 4))
+    def keep(self, visitor: int, choice: int) -> None:
+        """One reply is chosen. The others end, and what rests of them is released."""
+        session = self.one_who_rests(visitor)
+        for sequence in self.live():
+            if sequence.session is session and self.choice[sequence.id] != choice:
+                self.scheduler.end(sequence, "abort")
+        rested = session.resting[:]
+        self.scheduler.keep(session, choice)
+        assert session.resting == [last for last in rested if self.choice[last.id] == choice]
+        gone = [last for last in rested if last not in session.resting]
+        assert all((last.state, list(last.table.blocks)) == ("done", []) for last in gone)
 
     @rule(number=st.integers(1, VISITORS))
     def expire(self, number: int) -> None:
@@ -367,7 +491,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for sequence in step.exhausted:
             scheduler.end(sequence, "length")
         following = self.model.launch(step, broken) if step.chunks else None
-        self.lives_at_launch.update({id(chunk): self.lives[chunk.sequence.id] for chunk in step.chunks})
+        self.lost_at_launch.update({id(chunk): self.lost[chunk.sequence.id] for chunk in step.chunks})
         self.settle(step.copies)
         self.flight = following
         return step
@@ -378,14 +502,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         if flight is None:
             return
         for chunk in flight.step.chunks:
-            was = self.lives_at_launch.pop(id(chunk))
-            assert chunk.is_wanted == (self.lives[chunk.sequence.id] == was), "dropped, or not"
+            has_lost = self.lost[chunk.sequence.id] > self.lost_at_launch.pop(id(chunk))
+            assert chunk.is_wanted == (chunk.sequence.is_running and not has_lost), "dropped, or not"
         era = self.era
         counted = deliver(flight, self.scheduler, self.model, self.limits, self.fail_one, copies)
         self.count_served(counted)
         for chunk in counted:
             if not chunk.sequence.is_running:
                 self.check_rest(chunk.sequence, chunk.sequence.computed)
+            self.check_slots(chunk.sequence)
         if era == self.era:
             self.check_computed_once(counted)
 
@@ -409,6 +534,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert sequence.state == ("prefill" if is_prefill else "decode")
 
     # -- what was computed ----------------------------------------------------------------------------------------
+
+    def check_slots(self, sequence: Sequence) -> None:
+        """The slots of a sequence hold what it computed itself, or may share, and nothing that others wrote since."""
+        if sequence.table.blocks:
+            states = self.oracles[sequence.id].states(sequence.tokens[: sequence.computed])
+            assert self.model.held(sequence) == states, f"sequence {sequence.id} would read what others wrote"
 
     def count_served(self, counted: list[Chunk]) -> None:
         for chunk in counted:
@@ -454,6 +585,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.pool.check(self.scheduler.tables())
         self.answers_are_right()
         self.everybody_is_where_his_state_says()
+        self.clerk.check_forks()
         self.replayed_events_give_the_state()
 
     def answers_are_right(self) -> None:
@@ -479,8 +611,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert s.is_in_flight == (ahead is not None)
         assert all((s.state, list(s.table.blocks), s.computed) == ("preempted", [], 0) for s in scheduler.preempted)
         assert all((s.state, list(s.table.blocks)) == ("queued", []) for s in scheduler.waiting)
+        rested_at = [session.rested_at for session in scheduler.resting]
+        assert rested_at == sorted(rested_at), "not the longest rested first"
         for session in scheduler.resting:
             assert session.keeps
+            assert session.rested_at
             assert session.resting
             assert all(sequence.state == "resting" for sequence in session.resting)
         live = Counter(s.session for s in self.live())
@@ -501,8 +636,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         there = {s.id: s for s in (*self.live(), *self.rested())}
         shown = {s.id: (s.table, s.tokens) for session in view.sessions.values() for s in session.sequences.values()}
         assert shown == {number: (list(s.table.blocks), s.table.length) for number, s in there.items()}
-        latest = {s.session.id: s.state for s in (*self.rested(), *self.live())}
-        assert {session.id: session.state for session in view.sessions.values()} == latest
+        live = {s.session.id: s for s in self.live()}
+        assert view.sessions.keys() == {s.session.id for s in there.values()}
+        for session in view.sessions.values():  # of several replies, the one that was told of last gives the state
+            sequence = live.get(session.id)
+            assert (session.state == "resting") == (sequence is None), "rests although a reply is to come, or not"
+            if sequence and len(self.turns[sequence.id]) == 1:
+                assert session.state == sequence.state
 
     # -- the end --------------------------------------------------------------------------------------------------
 
@@ -551,18 +691,34 @@ def walk(seed: int, steps: int = 60, counts: Counter[str] | None = None) -> int:
     def flip() -> bool:
         return random.random() < 0.5
 
+    def replies() -> int:
+        return random.choice([1, 1, 1, 2, 3, 5])
+
     machine = SchedulerMachine()
     sizes = random.randint(4, 12), random.randint(1, 4), random.randint(1, 6), random.randint(1, 12)
     machine.start(*sizes, said(0), flip(), seed % 2 == 0)
     rules: dict[str, Callable[[int], Any]] = {
         "arrive": lambda who: machine.arrive(who, flip(), flip(), said(), random.randint(1, 8)),
-        "go_on": lambda who: machine.go_on(who, said(), random.randint(1, 8), random.random() < 0.2, flip()),
+        "reply": lambda who: machine.reply(
+            who,
+            flip(),
+            said(),
+            random.randint(1, 8),
+            random.randint(2, 5),
+            random.choice([0, 1, 2, 4, 20, 20]),
+            random.choice([None, None, 0, 1, 2]),
+        ),
+        "go_on": lambda who: machine.go_on(who, said(), random.randint(1, 8), replies(), random.random() < 0.2, flip()),
         "fork": lambda who: machine.fork(
             who, random.randint(0, 15), random.randint(0, 12), said(0), random.randint(1, 8)
         ),
-        "twins": lambda who: machine.twins(who, random.randint(2, 4), said(), random.randint(1, 8), flip(), flip()),
+        "twins": lambda who: machine.twins(
+            who, random.randint(2, 4), said(), random.randint(1, 8), replies(), flip(), flip()
+        ),
         "flood": lambda who: machine.flood(random.randint(1, 20), who % ALPHABET),
         "cancel": lambda who: machine.cancel(who),
+        "regret": lambda who: machine.regret(who, random.choice(["first", "another", "all"])),
+        "keep": lambda who: machine.keep(who, random.randint(0, 4)),
         "fail": lambda who: machine.fail(who),
         "close": lambda who: machine.close(who),
         "expire": lambda who: machine.expire(who % VISITORS + 1),

@@ -35,6 +35,17 @@ class Desk:
         self.limits[sequence.id] = length + count
         return sequence
 
+    def ask(self, length: int, replies: int, count: int = 5, session: Session | None = None) -> list[Sequence]:
+        """The same, with so many replies."""
+        first = self.submit(length, count, session)
+        turn = [first, *(self.scheduler.submit_reply(first, choice) for choice in range(1, replies))]
+        self.limits.update({sequence.id: length + count for sequence in turn})
+        return turn
+
+    @property
+    def used(self) -> int:
+        return self.pool.num_blocks - self.pool.available
+
     def step(self) -> Step:
         return take_step(self.scheduler, self.model, self.limits)
 
@@ -237,6 +248,76 @@ def test_who_waits_for_a_block_computes_it_if_the_other(ends: Callable[[Desk, Se
     assert second.tokens[10:] == answer(second.tokens[:10], 5)
 
 
+# -- several replies to one prompt -------------------------------------------------------------------------------------
+
+
+def test_a_fork_inside_a_block_is_copied_by_all_but_the_last() -> None:
+    desk = Desk()
+    first, second, third = desk.ask(6, replies=3)
+    assert desk.chunks() == [(1, 0, 6)], "the others wait until the prompt is computed"
+    step = desk.step()
+    assert [(chunk.start, chunk.count, chunk.stores) for chunk in step.chunks] == [
+        (6, 1, True),
+        (5, 1, False),  # only for its own draw
+        (5, 1, False),
+    ]
+    assert first.table.blocks == second.table.blocks == third.table.blocks
+    assert (step.copies, desk.used) == ([], 2)
+    whole, shared = first.table.blocks
+    step = desk.step()
+    assert [source for source, _ in step.copies] == [shared, shared]
+    assert [list(s.table.blocks) for s in (first, second, third)] == [[whole, 3], [whole, 4], [whole, shared]]
+    assert desk.used == 4
+    desk.finish()
+    for choice, sequence in enumerate((first, second, third)):
+        assert sequence.tokens[6:] == answer(sequence.tokens[:6], 5, choice)
+
+
+def test_a_first_reply_that_ends_before_the_prompt_is_computed_leaves_it_to_the_second() -> None:
+    desk = Desk(budget=6)
+    first, second, third = desk.ask(10, replies=3)
+    assert desk.chunks() == [(1, 0, 6)]
+    desk.scheduler.end(first, "abort")
+    assert desk.chunks() == [(2, 6, 4)], "from what is found of the first one's"
+    assert desk.chunks() == [(2, 10, 1), (3, 8, 2)], "whole blocks are found, as by anybody"
+    assert (second.cached, third.cached) == (6, 8)
+    desk.finish()
+    assert [s.tokens[10:] for s in (second, third)] == [answer(first.tokens, 5, choice) for choice in (1, 2)]
+
+
+def test_a_reply_that_has_no_room_for_its_first_write_comes_back_later() -> None:
+    """Three blocks: the prompt takes two, so of three that fork two may write, and later one."""
+    desk = Desk(num_blocks=3)
+    first, second, third = turn = desk.ask(6, replies=3, count=4)
+    desk.step()
+    assert [chunk.sequence for chunk in desk.step().chunks] == turn, "a fork takes no block"
+    step = desk.step()
+    assert ([chunk.sequence for chunk in step.chunks], step.preempted) == ([first, second], [third])
+    step = desk.step()
+    assert ([chunk.sequence for chunk in step.chunks], step.preempted) == ([first], [second])
+    assert first.session.resting == [first]
+    assert [chunk.sequence for chunk in desk.step().chunks] == [second, third]
+    desk.finish()
+    for choice, sequence in enumerate(turn):
+        assert sequence.tokens[6:] == answer(sequence.tokens[:6], 4, choice)
+
+
+def test_a_session_rests_when_the_last_of_its_replies_has_ended() -> None:
+    desk = Desk()
+    told: list[str] = []
+    desk.pool.events.listeners.append(lambda event: told.append(event.state))
+    session = desk.session()
+    first, second = desk.ask(6, replies=2, session=session)
+    for _ in range(3):
+        desk.step()
+    desk.scheduler.end(first, "abort")
+    assert (session.resting, "resting" in told) == ([first], False)
+    desk.finish()
+    assert (session.resting, told.count("resting")) == ([first, second], 1)
+    desk.scheduler.keep(session, 1)
+    assert (session.resting, first.state, list(first.table.blocks)) == ([second], "done", [])
+
+
 # -- fairness ----------------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +383,29 @@ def test_what_a_failed_turn_wrote_last_is_not_found() -> None:
     desk.finish()
     assert again.cached == 0
     assert again.tokens[6:] == answer(again.tokens[:6], 5)
+
+
+def test_of_two_that_fail_in_one_step_the_second_leaves_nothing_either() -> None:
+    """It only shares a block with the first one, and may be innocent. What only it holds is below somebody else's."""
+    desk = Desk()
+
+    def ask(system_tokens: int) -> Sequence:
+        session = desk.session("shared", keeps=False)
+        sequence = desk.scheduler.submit(session, Prompt((0, 1, 1, 1), system_tokens), SamplingParams())
+        desk.limits[sequence.id] = 20
+        return sequence
+
+    other, first = ask(0), ask(1)  # neither waits for the other, as they may not always share
+    second = desk.scheduler.submit_reply(first, 1)
+    desk.limits[second.id] = 20
+    while second.computed < 9:
+        desk.step()
+    assert other.table.blocks[0] != first.table.blocks[0] == second.table.blocks[0]
+    take_step(desk.scheduler, desk.model, desk.limits, broken=0b110)
+    assert (first.state, second.state) == ("done", "preempted")
+    assert [node.block for node, _ in second.table.matches(second.tokens)] == [other.table.blocks[0]]
+    desk.finish()
+    assert second.tokens[4:] == answer(second.tokens[:4], 16, 1)
 
 
 def test_tables_rest_on_where_their_blocks_would_not_do() -> None:
