@@ -6,8 +6,8 @@ replaying the events after any `Snapshot` gives the next one.
 
     kind       fields                                   what it does to a Snapshot
     ---------  ---------------------------------------  -----------------------------------------------------------
-    state      sequence session state                   the sequence (new: with an empty table) and its session get it
-    fork       sequence session parent at               a new sequence, empty: `share` events fill its table
+    state      sequence session state                   the sequence (new: with an empty table) gets it
+    fork       sequence session parent at               a sequence, empty (new: in the parent's state): `share` fills it
     allocate   block sequence logical ref               table[logical] = block; the block is used, its fill 0
     share      block sequence logical ref at            table[logical] = block; the sequence has `at` tokens
     write      block sequence logical fill at           slots [0, fill) of the block hold something; `at` tokens
@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 
 FREE, IDLE, USED = 0, 1, 2
 BLOCK_STATES = {"free": FREE, "idle": IDLE, "used": USED}
+FOREMOST = ("decode", "prefill", "preempted", "queued", "resting")  # what a session does, if its sequences differ
 
 
 class Event(NamedTuple):
@@ -87,6 +88,7 @@ class SequenceView:
 
     id: int
     session: int
+    state: str
     parent: int | None = None
     at: int | None = None
     tokens: int = 0
@@ -95,9 +97,15 @@ class SequenceView:
 
 @dataclass(slots=True)
 class SessionView:
+    """A session, which has at least one sequence."""
+
     id: int
-    state: str
     sequences: dict[int, SequenceView] = field(default_factory=dict)
+
+    @property
+    def state(self) -> str:
+        """The foremost of its sequences' states."""
+        return min((sequence.state for sequence in self.sequences.values()), key=FOREMOST.index)
 
 
 @dataclass(slots=True)
@@ -175,16 +183,18 @@ class Snapshot:
         return sequence
 
     def _enter(self, sequence: SequenceView) -> None:
-        self.sessions[sequence.session].sequences[sequence.id] = sequence
+        self.sessions.setdefault(sequence.session, SessionView(sequence.session)).sequences[sequence.id] = sequence
         self._sequences[sequence.id] = sequence
 
     def _state(self, event: Event) -> None:
-        self.sessions.setdefault(event.session, SessionView(event.session, event.state)).state = event.state
-        if event.sequence not in self._sequences:
-            self._enter(SequenceView(event.sequence, event.session))
+        if event.sequence in self._sequences:
+            self._sequences[event.sequence].state = event.state
+        else:
+            self._enter(SequenceView(event.sequence, event.session, event.state))
 
     def _fork(self, event: Event) -> None:
-        self._enter(SequenceView(event.sequence, event.session, parent=event.parent, at=event.at))
+        like = self._sequences.get(event.sequence) or self._sequences[event.parent]
+        self._enter(SequenceView(event.sequence, event.session, like.state, event.parent, event.at))
 
     def _allocate(self, event: Event) -> None:
         self._place(event)
@@ -233,7 +243,7 @@ class Snapshot:
         del sequence.table[-(-event.at // self.block_size) :]
 
     def _preempt(self, event: Event) -> None:
-        self.sessions[event.session].state = "preempted"
+        self._sequences[event.sequence].state = "preempted"
         self.counters["preempted"] += 1
 
     def _end(self, event: Event) -> None:
@@ -255,11 +265,10 @@ class Snapshot:
         """Numbers of blocks. `free + idle + used = num_blocks`; shared, pinned and resting are parts of used."""
         states = self.state[1:]
         held = [0] * (self.num_blocks + 1)
-        for session in self.sessions.values():
-            if session.state == "resting":
-                for sequence in session.sequences.values():
-                    for block in sequence.table:
-                        held[block] += 1
+        for sequence in self._sequences.values():
+            if sequence.state == "resting":
+                for block in sequence.table:
+                    held[block] += 1
         pinned = self.pinned()
         resting = sum(1 for block, n in enumerate(held) if n and n == self.ref[block] and block not in pinned)
         return {
@@ -298,7 +307,14 @@ class Snapshot:
                     "state": session.state,
                     "tokens": sum(s.tokens for s in session.sequences.values()),
                     "sequences": [
-                        {"id": s.id, "parent": s.parent, "at": s.at, "tokens": s.tokens, "table": runs(s.table)}
+                        {
+                            "id": s.id,
+                            "state": s.state,
+                            "parent": s.parent,
+                            "at": s.at,
+                            "tokens": s.tokens,
+                            "table": runs(s.table),
+                        }
                         for s in session.sequences.values()
                     ],
                 }

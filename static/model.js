@@ -43,7 +43,7 @@ export class Model {
     this._held = new Uint16Array(numBlocks + 1)
     this.copiedFrom = new Map() // block -> the block that it was copied from, as far as the events told
     this.system = new Map() // name -> {name, tokens, table}
-    this.sessions = new Map() // id -> {id, state, sequences: Map(id -> {id, parent, at, tokens, table})}
+    this.sessions = new Map() // id -> Session; its sequences are {id, state, parent, at, tokens, table}
     this._sequences = new Map() // sequence id -> {session, view}
     this.counters = Object.fromEntries(COUNTERS.map((name) => [name, 0]))
   }
@@ -74,8 +74,8 @@ export class Model {
     for (const block of table) this.pinned[block] = 1
   }
 
-  _addSession({ id, state, sequences }) {
-    const session = { id, state, sequences: new Map() }
+  _addSession({ id, sequences }) {
+    const session = new Session(id)
     this.sessions.set(id, session)
     for (const s of sequences) {
       this._addSequence(session, { ...s, table: expand(s.table) })
@@ -122,15 +122,18 @@ export class Model {
 
   _on_state({ session: id, sequence, state }) {
     let session = this.sessions.get(id)
-    if (!session) this.sessions.set(id, (session = { id, state, sequences: new Map() }))
-    session.state = state
-    if (!session.sequences.has(sequence)) this._addSequence(session, newSequence(sequence))
+    if (!session) this.sessions.set(id, (session = new Session(id)))
+    const view = session.sequences.get(sequence)
+    if (view) view.state = state
+    else this._addSequence(session, newSequence(sequence, state))
   }
 
   _on_fork({ seq, session: id, sequence, parent, at }) {
     const session = this.sessions.get(id)
     if (!session) throw new Gap(`event ${seq} names session ${id}, which is not there`)
-    this._addSequence(session, newSequence(sequence, parent, at))
+    const like = session.sequences.get(sequence) ?? this._sequences.get(parent)?.view
+    if (!like) throw new Gap(`event ${seq} names sequence ${parent}, which is not there`)
+    this._addSequence(session, newSequence(sequence, like.state, parent, at))
   }
 
   _on_allocate(event) {
@@ -192,10 +195,8 @@ export class Model {
     sequence.table.length = Math.min(sequence.table.length, keep)
   }
 
-  _on_preempt({ seq, session: id }) {
-    const session = this.sessions.get(id)
-    if (!session) throw new Gap(`event ${seq} names session ${id}, which is not there`)
-    session.state = 'preempted'
+  _on_preempt(event) {
+    this._find(event).state = 'preempted'
     this.counters.preempted++
   }
 
@@ -283,9 +284,8 @@ export class Model {
 
   _heldByResting() {
     const held = this._held.fill(0)
-    for (const session of this.sessions.values()) {
-      if (session.state !== 'resting') continue
-      for (const { table } of session.sequences.values()) for (const block of table) held[block]++
+    for (const { view } of this._sequences.values()) {
+      if (view.state === 'resting') for (const block of view.table) held[block]++
     }
     return held
   }
@@ -381,8 +381,23 @@ export class Model {
   }
 }
 
-function newSequence(id, parent = null, at = null) {
-  return { id, parent, at, tokens: 0, table: [] }
+// What a session does, if its sequences differ.
+const FOREMOST = ['decode', 'prefill', 'preempted', 'queued', 'resting']
+
+class Session {
+  constructor(id) {
+    this.id = id
+    this.sequences = new Map() // at least one
+  }
+
+  get state() {
+    const states = [...this.sequences.values()].map(({ state }) => state)
+    return FOREMOST.find((state) => states.includes(state))
+  }
+}
+
+function newSequence(id, state, parent = null, at = null) {
+  return { id, state, parent, at, tokens: 0, table: [] }
 }
 
 /** A table as it is on the wire, `[3, [5, 3]]`, written out: `[3, 5, 6, 7]`. */

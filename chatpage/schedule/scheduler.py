@@ -191,7 +191,6 @@ class Scheduler:
             self._rest(sequence, reason)
         else:
             self._leave(sequence, reason)
-            self._rest_on(sequence.session, reason)
 
     def fail(self, sequence: Sequence, reason: str) -> list[Sequence]:
         """The turn is over, and what it computed cannot be trusted: of what it holds, nothing will be found again.
@@ -206,7 +205,6 @@ class Scheduler:
         _, holders = self.distrust([sequence])
         self._dequeue(sequence)
         self._leave(sequence, reason)
-        self._rest_on(sequence.session, reason)
         return holders
 
     def distrust(
@@ -249,19 +247,13 @@ class Scheduler:
         sequence.drop_pending()
         sequence.session.active -= 1
 
-    def _rest_on(self, session: Session, reason: str) -> None:
-        """A turn left nothing behind. If it never began, the turn before it rests as before."""
-        if session.resting and not session.active:
-            self.events.emit("state", reason, sequence=session.resting[-1].id, session=session.id, state="resting")
-
     def _rest(self, sequence: Sequence, reason: str) -> None:
         session = sequence.session
         session.resting.append(sequence)
         session.rested_at = time.monotonic()
         self.resting[session] = None
         self.resting.move_to_end(session)
-        sequence.state = "resting"
-        self._rest_on(session, reason)
+        self._become(sequence, "resting", reason)
 
     def wake(self, session: Session, reason: str, *, but: int | None = None) -> None:
         """Release a session's resting tables, but for those of one turn. What is written in them stays findable."""

@@ -185,4 +185,4 @@ def _in_whole_tokens(session: SessionView, size: int) -> SessionView:
         s.id: replace(s, at=None if s.at is None else whole(s.at, size), tokens=whole(s.tokens, size))
         for s in session.sequences.values()
     }
-    return SessionView(session.id, session.state, sequences)
+    return SessionView(session.id, sequences)

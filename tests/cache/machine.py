@@ -42,7 +42,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.systems = systems
         self.pinned: dict[str, list[int]] = {}
         self.live: dict[int, LiveSequence] = {}
-        self.resting: set[int] = set()  # sessions
+        self.resting: set[int] = set()  # sequences
         self.ids = 0
         self.copies = self.hits = 0
         self.ends = False  # whether a turn is just being ended
@@ -209,6 +209,7 @@ class CacheMachine(RuleBasedStateMachine):
             at = max(0, len(parent.tokens) - back)
             self.ids += 1
             child = self.enter(parent.table.fork(self.ids, at, session=parent.session), parent.session)
+            self.resting |= {child.id} if parent.id in self.resting else set()
             child.tokens = parent.tokens[:at]
             if tokens:
                 self.grow([(child, tokens)])
@@ -229,7 +230,7 @@ class CacheMachine(RuleBasedStateMachine):
         if sequence := self.pick(who):
             self.publish_all(sequence, tail=True)
             self.events.emit("state", "turn ended", sequence=sequence.id, session=sequence.session, state="resting")
-            self.resting.add(sequence.session)
+            self.resting.add(sequence.id)
 
     def publish_all(self, sequence: LiveSequence, *, tail: bool = False) -> None:
         length = len(sequence.tokens)
@@ -259,7 +260,7 @@ class CacheMachine(RuleBasedStateMachine):
         if sequence := self.pick(who):
             self.events.emit("preempt", "pool full", sequence=sequence.id, session=sequence.session)
             sequence.table.release("preempt")
-            self.resting.discard(sequence.session)
+            self.resting.discard(sequence.id)
             self.catch_up(sequence, sequence.tokens)
 
     @rule(who=WHO)
@@ -354,8 +355,8 @@ class CacheMachine(RuleBasedStateMachine):
     def counts_are_right(self) -> None:
         counts, counters = self.snapshot.counts(), self.snapshot.counters
         pinned = {block for table in self.pinned.values() for block in table}
-        resting = {block for s in self.live.values() if s.session in self.resting for block in s.table.blocks}
-        awake = {block for s in self.live.values() if s.session not in self.resting for block in s.table.blocks}
+        resting = {block for s in self.live.values() if s.id in self.resting for block in s.table.blocks}
+        awake = {block for s in self.live.values() if s.id not in self.resting for block in s.table.blocks}
         holders = [sum(b in s.table.blocks for s in self.live.values()) for b in range(self.pool.num_blocks + 1)]
         assert counts == {
             "free": self.pool.num_blocks - len(resting | awake | pinned) - len(self.idle),

@@ -200,9 +200,10 @@ def test_snapshot_on_the_wire(story: tuple[Cache, Snapshot, list[Event]]) -> Non
     [system] = body["system"]
     assert (system["name"], system["tokens"], system["table"]) == ("tutor", 6, [[1, 2]])
     session = next(session for session in body["sessions"] if session["id"] == 101)
-    assert session["state"] == "resting"
-    [sequence, *_] = session["sequences"]
-    assert sequence == {"id": 2, "parent": None, "at": None, "tokens": 8, "table": runs(cache.tables[1].blocks)}
+    [sequence, *forks] = session["sequences"]
+    table = runs(cache.tables[1].blocks)
+    assert sequence == {"id": 2, "state": "resting", "parent": None, "at": None, "tokens": 8, "table": table}
+    assert session["state"] == ("queued" if forks else "resting"), "the foremost of its sequences' states"
 
 
 def test_pool_on_the_wire_is_one_entry_a_block_without_the_null_block() -> None:

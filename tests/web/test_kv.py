@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from chatpage.conversation import Conversation
-from chatpage.events import Event, SequenceView, SessionView, Snapshot, SystemView
+from chatpage.events import Event, SequenceView, Snapshot, SystemView
 from chatpage.schedule.params import SamplingParams
 from chatpage.settings import Settings
 from chatpage.web import kv
@@ -105,9 +105,10 @@ def loaded(body: dict[str, Any]) -> Snapshot:
         system={s["name"]: SystemView(s["name"], s["tokens"], table(s["table"])) for s in body["system"]},
     )
     for session in body["sessions"]:
-        snapshot.sessions[session["id"]] = SessionView(session["id"], session["state"])
         for s in session["sequences"]:
-            snapshot._enter(SequenceView(s["id"], session["id"], s["parent"], s["at"], s["tokens"], table(s["table"])))
+            where = (s["parent"], s["at"], s["tokens"], table(s["table"]))
+            snapshot._enter(SequenceView(s["id"], session["id"], s["state"], *where))
+        assert snapshot.sessions[session["id"]].state == session["state"]
     return snapshot
 
 
