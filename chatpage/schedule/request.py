@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Literal, NamedTuple
 
+from chatpage.schedule.beam import Beam, Beams, Finished
 from chatpage.schedule.params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -28,12 +29,14 @@ class Request:
         params: how tokens are chosen.
         session: key of an open session, whose table rests when the turn ends; None releases everything at the end.
         owner: who asks, where there is no session: requests of one owner may share with each other. None is nobody.
+        beams: search for the likeliest answers instead of drawing one; of `params` only what changes logits counts then.
     """
 
     prompt: Prompt
     params: SamplingParams = field(default_factory=SamplingParams)
     session: str | None = None
     owner: str | None = None
+    beams: Beams | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,9 @@ class Delta(NamedTuple):
         completion_tokens: how many tokens were generated in all.
         finish_reason: with `done`: `stop`, `length`, `abort` (cancelled) or `error`.
         error: with `error`: one sentence.
+        beams, finished: of a beam search that goes on, told to its first stream alone: the live beams, the likeliest
+            first, and those that have finished, the best first. The text of all streams comes with `done`.
+        score: with `done`, of an answer that was searched for: see `Finished`.
     """
 
     state: TurnState
@@ -74,6 +80,9 @@ class Delta(NamedTuple):
     completion_tokens: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
+    beams: tuple[Beam, ...] = ()
+    finished: tuple[Finished, ...] = ()
+    score: float | None = None
 
     @staticmethod
     def merged(deltas: "Sequence[Delta]") -> "Delta":
