@@ -4,8 +4,8 @@
                                     └─ And a page? A page is …  ─── Why? Because …
 
 It is a tree of exchanges, each a question and its answer, and one branch of it is shown. To edit, to answer again and
-to branch add an exchange beside another one. What branches have in common is found by its content: it is computed and
-stored once.
+to branch add an exchange beside another one; several replies to one question are as many. What branches have in common
+is found by its content: it is computed and stored once.
 """
 
 from collections import defaultdict
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from chatpage.engine import Engine, OpenSession
 from chatpage.errors import RequestError
+from chatpage.schedule.beam import Beam, Beams, Finished
 from chatpage.schedule.params import SamplingParams
-from chatpage.schedule.request import Delta, FinishReason, Prompt, Request
+from chatpage.schedule.request import Delta, FinishReason, Prompt, Request, TurnState
 from chatpage.stream import Stream
 
 if TYPE_CHECKING:
@@ -30,20 +31,29 @@ class Exchange:
 
     Attributes:
         before: the exchange that this one goes on from; None at the beginning of a conversation.
+        choice: which of the replies to its question it is, from 0.
+        beams, finished: of a beam search that goes on: see `Delta`.
+        score: of an answer that was searched for: see `Finished`.
     """
 
     question: str
     prompt: Prompt
     before: "Exchange | None" = None
+    choice: int = 0
     text: str = ""
     tokens: list[int] = field(default_factory=list)
+    state: TurnState = "queued"
+    beams: tuple[Beam, ...] = ()
+    finished: tuple[Finished, ...] = ()
+    score: float | None = None
     finish_reason: FinishReason | None = None
     stream: Stream | None = None
 
     def hear(self, delta: Delta) -> None:
         self.text += delta.text
         self.tokens += delta.tokens
-        self.finish_reason = delta.finish_reason
+        self.beams, self.finished, self.score = delta.beams, delta.finished, delta.score
+        self.state, self.finish_reason = delta.state, delta.finish_reason
 
     @property
     def done(self) -> bool:
@@ -81,6 +91,8 @@ class Conversation:
         self.session: OpenSession = engine.open_session(like)
         self._asked: list[Exchange] = []  # in all branches, in the order in which they were asked
         self._exchanges: list[Exchange] = []  # the shown branch; replaced and never changed, since others read it
+        self._turn: list[Exchange] = []  # the replies that were asked for last
+        self._chosen = True  # which of them to go on from
         self._shown_after: dict[Exchange | None, Exchange] = {}  # which way was shown last after each exchange
 
     # -- what was said --------------------------------------------------------------------------------------------
@@ -89,7 +101,7 @@ class Conversation:
     def messages(self) -> "list[Message]":
         """What was said in the branch that is shown, without the system prompt."""
         said: list[Message] = []
-        for exchange in self._exchanges:
+        for exchange in self.shown:
             said.append({"role": "user", "content": exchange.question})
             if exchange.text or exchange.done:
                 said.append({"role": "assistant", "content": exchange.text})
@@ -97,8 +109,8 @@ class Conversation:
 
     @property
     def shown(self) -> list[Exchange]:
-        """The exchanges of the branch that is shown."""
-        return list(self._exchanges)
+        """The exchanges of the branch that is shown. Where replies stand side by side, it ends with the foremost."""
+        return list(self._exchanges) if self._chosen else self._foremost.path()
 
     @property
     def asked(self) -> list[Exchange]:
@@ -106,8 +118,18 @@ class Conversation:
         return list(self._asked)
 
     @property
+    def turn(self) -> list[Exchange]:
+        """The replies that were asked for last; most often one."""
+        return list(self._turn)
+
+    @property
+    def replies(self) -> list[Exchange]:
+        """Several replies that stand side by side, until one is chosen; none where there is nothing to choose."""
+        return [] if self._chosen else self.turn
+
+    @property
     def busy(self) -> bool:
-        return bool(self._asked) and not self._asked[-1].done
+        return any(not reply.done for reply in self._turn)
 
     def branches(self, index: int) -> Place:
         """Which of the branches that part at message `index` is shown. A question and its answer part together.
@@ -129,7 +151,7 @@ class Conversation:
         for exchange in self._asked:
             beside[exchange.before].append(exchange)
         partings: dict[int, Place] = {}
-        for number, exchange in enumerate(self._exchanges):
+        for number, exchange in enumerate(self.shown):
             others = beside[exchange.before]
             if len(others) > 1:
                 again = all(other.question == exchange.question for other in others)
@@ -138,39 +160,67 @@ class Conversation:
 
     # -- asking ---------------------------------------------------------------------------------------------------
 
-    def say(self, text: str, params: SamplingParams) -> Stream:
+    def say(self, text: str, params: SamplingParams, *, replies: int = 1, beams: Beams | None = None) -> Stream:
         """The next turn.
+
+        Args:
+            replies: how many answers to write side by side; `turn` has them all, and one is chosen by `choose`.
+            beams: search for the likeliest answer instead of drawing it.
+
+        Returns:
+            The stream of the first reply.
 
         Raises:
             RequestError: the text is empty, too long, or an answer is still being written. Nothing is lost then.
         """
-        return self._ask(self._exchanges, text, params)
+        return self._ask(self.shown, text, params, replies, beams)
 
-    def regenerate(self, params: SamplingParams) -> Stream:
+    def regenerate(self, params: SamplingParams, *, replies: int = 1, beams: Beams | None = None) -> Stream:
         """Answer the last question again. The answer that it has stays, in a branch of its own."""
         if not self._exchanges:
             raise RequestError("There is no question yet that could be answered again.")
-        *before, last = self._exchanges
-        return self._ask(before, last.question, params, last.prompt)
+        *before, last = self.shown
+        return self._ask(before, last.question, params, replies, beams, last.prompt)
 
-    def edit(self, index: int, text: str, params: SamplingParams) -> Stream:
+    def edit(
+        self, index: int, text: str, params: SamplingParams, *, replies: int = 1, beams: Beams | None = None
+    ) -> Stream:
         """Put another question in place of message `index`. That one and what came after it stay, in their branch."""
         if not 0 <= index < 2 * len(self._exchanges) or index % 2:
             raise RequestError(f"Message {index} cannot be edited; only your own messages can.", param="index")
-        return self.branch(index, text, params)
+        return self.branch(index, text, params, replies=replies, beams=beams)
 
-    def branch(self, index: int, text: str, params: SamplingParams) -> Stream:
+    def branch(
+        self, index: int, text: str, params: SamplingParams, *, replies: int = 1, beams: Beams | None = None
+    ) -> Stream:
         """Ask something else after message `index`, or in its place where it is a question.
 
         Raises:
             RequestError: as `say`, or there is no such message.
         """
-        return self._ask(self._until(index), text, params)
+        return self._ask(self._until(index), text, params, replies, beams)
+
+    def choose(self, number: int) -> None:
+        """Go on from reply `number` of `replies`, from 1. The others end, give their blocks back, and are branches.
+
+        Where none is chosen, whatever is done next goes on from the foremost: the first that has not failed.
+
+        Raises:
+            RequestError: there is no such reply, or nothing to choose.
+        """
+        if self._chosen:
+            raise RequestError("There are no replies to choose from any more.", param="number")
+        if not 1 <= number <= len(self._turn):
+            raise RequestError(
+                f"Reply {number} is not there; it must be one of 1 to {len(self._turn)}.", param="number"
+            )
+        self._choose(self._turn[number - 1])
 
     def stop(self) -> None:
-        """End the running answer. What it has so far stays."""
-        if self._asked and self._asked[-1].stream is not None:
-            self._asked[-1].stream.cancel()
+        """End the running answer, or all replies that are running. What they have so far stays."""
+        for reply in self._turn:
+            if reply.stream is not None:
+                reply.stream.cancel()
 
     # -- moving between branches ----------------------------------------------------------------------------------
 
@@ -198,6 +248,8 @@ class Conversation:
             RequestError: an answer is still being written.
         """
         self._require_quiet()
+        if not self._chosen:
+            self._choose(self._foremost)
         path = exchange.path()
         self._remember(path)
         while (following := self._shown_after.get(path[-1])) is not None:
@@ -225,7 +277,8 @@ class Conversation:
     def clear(self) -> None:
         """Forget all branches and begin anew."""
         self.close()
-        self._asked, self._exchanges, self._shown_after = [], [], {}
+        self._chosen = True
+        self._asked, self._exchanges, self._turn, self._shown_after = [], [], [], {}
         self.session = self.engine.open_session()
 
     def close(self) -> None:
@@ -245,16 +298,27 @@ class Conversation:
         if not 0 <= index <= last:
             there = f"the last one is {last}" if last > 0 else "there is none yet"
             raise RequestError(f"Message {index} is not there; {there}.", param="index")
-        return self._exchanges[index // 2]
+        return self.shown[index // 2]
 
     def _until(self, index: int) -> list[Exchange]:
         """The exchanges up to message `index`. A question cannot be gone on from, so its exchange is left out."""
         self._at(index)
-        return self._exchanges[: (index + 1) // 2]
+        return self.shown[: (index + 1) // 2]
 
     def _beside(self, exchange: Exchange) -> list[Exchange]:
         """All that go on from the same exchange, this one among them."""
         return [other for other in self._asked if other.before is exchange.before]
+
+    @property
+    def _foremost(self) -> Exchange:
+        """The reply to go on from where none was chosen."""
+        return next((reply for reply in self._turn if reply.finish_reason != "error"), self._turn[0])
+
+    def _choose(self, reply: Exchange) -> None:
+        self._exchanges = reply.path()
+        self._chosen = True
+        self._remember(self._exchanges)
+        self.engine.keep_reply(self.session.key, reply.choice)
 
     def _remember(self, path: list[Exchange]) -> None:
         for exchange in path:
@@ -266,23 +330,36 @@ class Conversation:
 
     # -- one turn -------------------------------------------------------------------------------------------------
 
-    def _ask(self, before: list[Exchange], text: str, params: SamplingParams, prompt: Prompt | None = None) -> Stream:
-        """A new branch after `before`; with `prompt`, which its tokens are known to be."""
+    def _ask(
+        self,
+        before: list[Exchange],
+        text: str,
+        params: SamplingParams,
+        replies: int,
+        beams: Beams | None,
+        prompt: Prompt | None = None,
+    ) -> Stream:
+        """New branches after `before`, one for each reply; with `prompt`, which its tokens are known to be."""
         self._require_quiet()
         if not text.strip():
             raise RequestError("The message is empty.", param="messages")
-        if len(self._asked) >= MAX_EXCHANGES:
+        if len(self._asked) + replies > MAX_EXCHANGES:
             raise RequestError(
-                f"This conversation has {MAX_EXCHANGES} questions in all its branches, which is the most; begin anew."
+                f"This conversation has {len(self._asked)} questions in all its branches, and {MAX_EXCHANGES} is the "
+                "most; begin anew."
             )
         self.reopen()  # it may have been closed meanwhile: its text lives here
-        exchange = Exchange(text, prompt or self._prompt(before, text), before[-1] if before else None)
-        request = Request(exchange.prompt, params, session=self.session.key)
-        exchange.stream = self.engine.stream(request, exchange.hear)
-        self._asked.append(exchange)
-        self._exchanges = [*before, exchange]
+        prompt = prompt or self._prompt(before, text)
+        turn = [Exchange(text, prompt, before[-1] if before else None, choice) for choice in range(replies)]
+        request = Request(prompt, params, session=self.session.key, beams=beams)
+        streams = self.engine.streams(request, [reply.hear for reply in turn])
+        for reply, stream in zip(turn, streams, strict=True):
+            reply.stream = stream
+        self._asked += turn
+        self._turn, self._chosen = turn, replies == 1
+        self._exchanges = [*before, turn[0]]
         self._remember(self._exchanges)
-        return exchange.stream
+        return streams[0]
 
     def _prompt(self, before: list[Exchange], text: str) -> Prompt:
         """The tokens of everything so far and one more question.

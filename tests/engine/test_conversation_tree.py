@@ -159,9 +159,12 @@ def test_a_conversation_does_not_grow_for_ever(conversation: Conversation, monke
     monkeypatch.setattr(module, "MAX_EXCHANGES", 2)
     say(conversation, QUESTION, 1)
     read(conversation.regenerate(greedy(1)))
-    with pytest.raises(RequestError, match="has 2 questions in all its branches, which is the most"):
+    with pytest.raises(RequestError, match="has 2 questions in all its branches, and 2 is the most"):
         conversation.regenerate(greedy(1))
     assert not conversation.busy
+    conversation.clear()
+    with pytest.raises(RequestError, match="has 0 questions in all its branches, and 2 is the most"):
+        conversation.say(QUESTION, greedy(1), replies=3)
 
 
 # -- what is found of it -----------------------------------------------------------------------------------------------
