@@ -28,7 +28,11 @@ export function setData(node, values) {
   }
 }
 
-/** Make the children of `parent` stand for `items`: kept by key, made, moved or removed as needed. */
+/**
+ * Make the children of `parent` stand for `items`: kept by key, made, moved or removed as needed.
+ *
+ * Returns the nodes that were removed. `create` may give one of them out again: `update` is called on it all the same.
+ */
 export function reconcile(parent, items, key, create, update) {
   const old = (parent.kvNodes ??= new Map())
   const now = new Map()
@@ -41,8 +45,14 @@ export function reconcile(parent, items, key, create, update) {
     else parent.insertBefore(node, place)
     now.set(id, node)
   }
-  for (const [id, node] of old) if (now.get(id) !== node) node.remove()
+  const removed = []
+  for (const [id, node] of old) {
+    if (now.get(id) === node) continue
+    node.remove()
+    removed.push(node)
+  }
   parent.kvNodes = now
+  return removed
 }
 
 /** A word that explains itself when it is pointed at or focused. */

@@ -125,6 +125,7 @@ export class PoolMap {
     }
     if (role === 'idle') outline(context, x, y, size, line, [2, 2])
     if (this._own.has(block)) this._drawOwn(context, x, y, size)
+    if (this.model.acrossSessions().has(block)) this._drawNotch(context, x, y, size)
     if (this.cell >= WITH_COUNT && this.model.ref[block] >= 2) this._drawCount(context, x, y, size, block)
   }
 
@@ -133,6 +134,18 @@ export class PoolMap {
     context.strokeStyle = this._paint.own
     context.lineWidth = width
     context.strokeRect(x + width / 2, y + width / 2, size - width, size - width)
+  }
+
+  /** A corner cut off: several sessions hold it, not only several branches of one. */
+  _drawNotch(context, x, y, size) {
+    const notch = Math.max(3, size / 3)
+    context.beginPath()
+    context.moveTo(x + size, y)
+    context.lineTo(x + size - notch, y)
+    context.lineTo(x + size, y + notch)
+    context.closePath()
+    context.fillStyle = this._paint.paper
+    context.fill()
   }
 
   _drawCount(context, x, y, size, block) {

@@ -41,8 +41,9 @@ export class Model {
     this.fill = new Uint8Array(numBlocks + 1)
     this.pinned = new Uint8Array(numBlocks + 1)
     this._held = new Uint16Array(numBlocks + 1)
-    this.copiedFrom = new Map() // block -> the block that it was copied from, as far as the events told
+    this.copiedFrom = new Map() // block -> {source, fill}: what it was copied from, as far as the events told
     this.system = new Map() // name -> {name, tokens, table}
+    this._across = null
     this.sessions = new Map() // id -> Session; its sequences are {id, state, parent, at, tokens, table}
     this._sequences = new Map() // sequence id -> {session, view}
     this.counters = Object.fromEntries(COUNTERS.map((name) => [name, 0]))
@@ -159,7 +160,7 @@ export class Model {
 
   _on_copy(event) {
     this.fill[event.block] = event.fill
-    this.copiedFrom.set(event.block, event.source)
+    this.copiedFrom.set(event.block, { source: event.source, fill: event.fill })
     this.counters.copied++
     this.dirty.add(event.block)
   }
@@ -300,6 +301,24 @@ export class Model {
       }
     }
     return holders
+  }
+
+  /** Blocks outside the system prompts that are in tables of several sessions: block -> the ids of these sessions. */
+  acrossSessions() {
+    if (this._across?.seq === this.seq) return this._across.blocks
+    const across = new Map()
+    for (const { id, sequences } of this.sessions.values()) {
+      for (const { table } of sequences.values()) {
+        for (const block of table) {
+          if (this.ref[block] < 2 || this.pinned[block]) continue
+          if (across.has(block)) across.get(block).add(id)
+          else across.set(block, new Set([id]))
+        }
+      }
+    }
+    for (const [block, sessions] of across) if (sessions.size < 2) across.delete(block)
+    this._across = { seq: this.seq, blocks: across }
+    return across
   }
 
   /** Sessions whose table holds the first block of a system prompt. */

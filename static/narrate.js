@@ -2,17 +2,21 @@
 
 import { choice, el, reconcile, section, setText } from './dom.js'
 import { count, ids, plural } from './format.js'
+import { dropped, isDropping } from './tree.js'
 
 const KEPT = 120 // lines for each filter
 const SHOWN = 40
+const TOGETHER = 2000 // ms: what several sequences of a session do meanwhile is told in one line a kind
+const NAMED = 16 // blocks that one such line has at most, the newest
 
 /** Events that follow each other in one session and say the same of different blocks are told in one line. */
 const TOLD_TOGETHER = new Set(['share', 'allocate', 'release', 'publish', 'unpublish', 'evict', 'pin'])
 
 /** The memory behind the narration: lines, newest last. No DOM. */
 export class Story {
-  constructor(model) {
+  constructor(model, now = () => performance.now()) {
     this.model = model
+    this.now = now
     this.clear()
   }
 
@@ -21,18 +25,52 @@ export class Story {
     this.copies = []
     this._mine = []
     this._last = new Map() // session id -> its last line
+    this._open = new Map() // of sessions with several sequences: session id -> kind -> the line that takes in more
     this._id = 0
   }
 
   /** Take note of an event that is about to be applied: what it meant depends on the state before it. */
   add(event, session) {
+    if (isSaidElsewhere(event)) return
     const line = this._line(event, session)
-    const last = this._last.get(session)
-    if (last && merge(last, line)) return
+    if (line.branches > 1) {
+      if (this._join(line)) return
+    } else {
+      this._open.delete(session)
+      const last = this._last.get(session)
+      if (last && merge(last, line)) return
+    }
     this._last.set(session, line)
     keep(this.all, line)
     if (line.kind === 'copy') keep(this.copies, line)
     if (this.isMine(line)) keep(this._mine, line)
+  }
+
+  /** Sequences of one session take turns, so what they do is told by its kind. Returns whether a line took it in. */
+  _join(line) {
+    const open = this._open.get(line.session) ?? this._opened(line.session), first = open.get(sort(line))
+    if (!first || line.since - first.since > TOGETHER) {
+      open.set(sort(line), line)
+      return false
+    }
+    const { id, since, times, sequences, blocks, sources, same } = first
+    Object.assign(first, line, {
+      id,
+      since,
+      times: times + 1,
+      sequences: new Set([...sequences, line.sequence]),
+      blocks: [...new Set([...blocks, ...line.blocks])].slice(-NAMED),
+      sources: [...new Set([...sources, ...line.sources])].slice(-NAMED),
+      same: same && first.parent === line.parent && first.at === line.at,
+    })
+    return true
+  }
+
+  _opened(session) {
+    const last = this._last.get(session)
+    const open = new Map(last ? [[sort(last), last]] : [])
+    this._open.set(session, open)
+    return open
   }
 
   _line(event, session) {
@@ -42,7 +80,14 @@ export class Story {
       id: ++this._id,
       ...event,
       session,
+      since: this.now(),
+      times: 1, // how many events it tells
+      branches: new Set([...(model.sessions.get(session)?.sequences.keys() ?? []), event.sequence]).size,
+      sequences: new Set([event.sequence]),
       blocks: event.block === undefined ? [] : [event.block],
+      sources: source === undefined ? [] : [source],
+      same: true, // one table forked, at one place
+      dropped: dropped(event),
       others: source === undefined ? 0 : model.ref[source] - 1, // who else reads the source of a copy
       fromSystem: source !== undefined && model.pinned[source] === 1,
       isSystem: event.block !== undefined && model.pinned[event.block] === 1,
@@ -71,6 +116,15 @@ function keep(lines, line) {
   if (lines.length > KEPT) lines.shift()
 }
 
+function sort({ kind, becomes = '', state = '', dropped = '' }) {
+  return `${kind} ${becomes} ${state} ${dropped}`
+}
+
+/** What a fork shares, and what a dropped sequence gives back one reader of, goes without saying. */
+function isSaidElsewhere(event) {
+  return (event.kind === 'share' && event.reason === 'fork') || (isDropping(event) && event.becomes !== 'free')
+}
+
 /** Tell `line` as a part of `last`, if one sentence can say both. */
 function merge(last, line) {
   if (last.kind !== line.kind || last.becomes !== line.becomes || last.reason !== line.reason) return false
@@ -96,18 +150,30 @@ export function tell(line, mine) {
 }
 
 const SENTENCES = {
-  state: ({ state }, who, mine) => `${mine ? 'your' : `${who}’s`} ${STATES[state] ?? `state is ${state}`}.`,
-  fork: ({ at }, who) => `${who} forked after ${plural(at, 'token')}: both branches read the same blocks so far.`,
+  state: ({ state, branches, times }, who, mine) =>
+    state === 'resting' && branches > 1
+      ? `${several(times, who, mine)} ended: ${times === 1 ? 'its table rests and keeps its' : 'their tables rest and keep their'} blocks.`
+    : `${mine ? 'your' : `${who}’s`} ${STATES[state] ?? `state is ${state}`}.`,
+  fork: ({ at, times, same }, who) =>
+    times === 1
+      ? `${who} forked after ${plural(at, 'token')}: both branches read the same blocks so far.`
+      : same
+        ? `${who} forked into ${count(times + 1)} branches after ${plural(at, 'token')}: all read the same blocks so far.`
+        : `${who} forked ${count(times)} times, last after ${plural(at, 'token')}: a fork copies nothing.`,
   allocate: ({ blocks }, who) => `${who} took ${named(blocks)} for new tokens.`,
   share: ({ blocks, at, isSystem }, who, mine) =>
     `${who} now ${mine ? 'read' : 'reads'} ${named(blocks)}${isSystem ? ' of the system prompt' : ''}: ` +
     `${plural(at, 'token')} found, not computed again.`,
-  write: ({ blocks, fill, slots }, who) =>
-    blocks.length > 1
+  write: ({ blocks, fill, slots, sequences }, who, mine) =>
+    sequences.size > 1
+      ? `${count(sequences.size)} ${mine ? 'of your branches' : `branches of ${who}`} wrote into ${named(blocks)}.`
+    : blocks.length > 1
       ? `${who} filled ${named(blocks)}; the last one to ${fill} of ${slots} slots.`
       : `${who} filled block ${blocks[0]} to ${fill} of ${slots} slots.`,
-  copy: ({ source, block, others, fromSystem }, who) =>
-    `${who} wrote into a block ${readers(others, fromSystem)}, so it was copied: ${source} → ${block}.`,
+  copy: ({ source, sources, block, blocks, others, fromSystem, times }, who, mine) =>
+    times > 1
+      ? `${mine ? 'your' : `${who}’s`} branches parted inside ${named(sources)}, so each wrote into a copy: ${named(blocks)}.`
+    : `${who} wrote into a block ${readers(others, fromSystem)}, so it was copied: ${source} → ${block}.`,
   publish: ({ blocks, fill, slots }) =>
     `${named(blocks, true)} ${are(blocks)} published: ` +
     (fill === slots ? 'full, frozen, and can be found by content.' : `${fill} of ${slots} slots, can be found by content.`),
@@ -117,7 +183,20 @@ const SENTENCES = {
   evict: ({ blocks }) => `${named(blocks, true)} ${are(blocks)} evicted: idle, and the room was needed.`,
   truncate: ({ at }, who) => (at ? `${who} went back to ${plural(at, 'token')}.` : `${who} let all blocks go.`),
   preempt: (line, who) => `${who} lost all blocks to make room, and will be computed again.`,
-  end: (line, who, mine) => (mine ? 'Your session ended.' : `${who} ended.`),
+  end: ({ dropped, times, branches }, who, mine) =>
+    dropped ? GONE[dropped](times, who)
+    : branches > 1 ? `${several(times, who, mine)} ended; the rest goes on.`
+    : mine ? 'Your session ended.'
+    : `${who} ended.`,
+}
+
+const GONE = {
+  beam: (times, who) => `${who} dropped ${plural(times, 'beam')}: likelier ones went on.`,
+  reply: (times, who) => `${who} chose a reply: ${times === 1 ? 'another one' : `${count(times)} others`} gave back what only ${times === 1 ? 'it' : 'they'} held.`,
+}
+
+function several(times, who, mine) {
+  return `${times === 1 ? 'a branch' : `${count(times)} branches`} of ${mine ? 'yours' : who}`
 }
 
 const STATES = {
@@ -190,7 +269,7 @@ export class Narration {
 
   _update(node, line) {
     node.dataset.kind = line.kind
-    node.blocks = line.source === undefined ? line.blocks : [line.source, line.block]
+    node.blocks = [...line.sources, ...line.blocks]
     setText(node.firstChild, MARKS[line.kind] ?? '·')
     setText(node.lastChild, tell(line, this.story.isMine(line)))
   }

@@ -8,6 +8,7 @@ import { PoolMap } from './map.js'
 import { Model, ROLES } from './model.js'
 import { Narration, Story } from './narrate.js'
 import { Tables } from './tables.js'
+import { FADES } from './tree.js'
 
 const TEXT_INTERVAL = 120 // ms between updates of numbers and tables; the map follows every frame
 const TABLE_INTERVAL = 1000 // ms between updates of the plain table, while it is open
@@ -71,6 +72,7 @@ class Panel {
   _connect(base) {
     this.model.onEvent = (event, session) => {
       this.story.add(event, session)
+      if (this.tables.dropped.note(event, session)) this._drawOnceFaded()
       if (event.kind === 'copy') this._copies.push(event)
     }
     this._copies = []
@@ -99,6 +101,7 @@ class Panel {
   unmount() {
     clearInterval(this._watch)
     clearTimeout(this._timer)
+    clearTimeout(this._fadeTimer)
     cancelAnimationFrame(this._frame)
     this._listeners.abort()
     this._themeWatch.disconnect()
@@ -140,7 +143,10 @@ class Panel {
   }
 
   _loaded() {
-    if (this._epoch !== this.model.epoch) this.story.clear()
+    if (this._epoch !== this.model.epoch) {
+      this.story.clear()
+      this.tables.dropped.clear()
+    }
     this._epoch = this.model.epoch
     this.body.hidden = false
     this._whole = true
@@ -161,6 +167,12 @@ class Panel {
     }
     this.tables.tokens = body
     this._schedule()
+  }
+
+  /** What was dropped goes away, even if nothing else happens. */
+  _drawOnceFaded() {
+    clearTimeout(this._fadeTimer)
+    this._fadeTimer = setTimeout(() => this._schedule(), FADES + 20)
   }
 
   // -- what is drawn, and when --------------------------------------------------------------------------------------
@@ -380,9 +392,14 @@ function describe(model, block) {
   if (role === 'free') return `Block ${block}: free.`
   const slots = `${model.fill[block]} of ${model.blockSize} slots`
   if (role === 'idle') return `Block ${block}: idle, ${slots} still hold what was written. Held by nobody.`
-  const kind = role === 'system' ? 'system prompt, pinned' : role === 'shared' ? 'shared' : 'one session'
-  const holders = who(model, block)
-  return `Block ${block}: ${kind}, reference count ${model.ref[block]}, ${slots}.${holders ? ` In the tables of ${holders}.` : ''}`
+  const shared = model.acrossSessions().has(block) ? 'shared by several sessions' : 'shared'
+  const kind = role === 'system' ? 'system prompt, pinned' : role === 'shared' ? shared : 'one session'
+  const holders = who(model, block), copy = model.copiedFrom.get(block)
+  return [
+    `Block ${block}: ${kind}, reference count ${model.ref[block]}, ${slots}.`,
+    holders && `In the tables of ${holders}.`,
+    copy && `Copied on write from block ${copy.source}${copy.fill < model.blockSize ? ` after ${plural(copy.fill, 'slot')}` : ''}.`,
+  ].filter(Boolean).join(' ')
 }
 
 function who(model, block) {

@@ -1,10 +1,13 @@
 // Block tables: the system prompt as a trunk, the viewer's own table with its slots and tokens, the others in short.
 
+import { Branches, inAll } from './branches.js'
+import { Chips } from './chips.js'
 import { el, reconcile, section, setData, setText, term } from './dom.js'
 import { count, plural, short } from './format.js'
+import { Dropped } from './tree.js'
 
 const OTHERS = 40 // rows; the rest is counted
-const OWN_SEQUENCES = 4
+const TREES = 3 // fork trees of other sessions; the rest is a row each, as any other session
 const TOKEN_BLOCKS = 64 // blocks of own text that are shown, the newest
 const DRAWN_SLOTS = 64 // a larger block is drawn as a bar
 
@@ -12,12 +15,14 @@ export class Tables {
   constructor(model, select) {
     this.model = model
     this.select = select
+    this.dropped = new Dropped(model)
     this.tokens = null // body of /kv/me
     this.trunks = el('div', { class: 'kv-trunks' })
     this.own = el('div', { class: 'kv-owns' })
     this.ownEmpty = el('p', { class: 'kv-teach' })
+    this.trees = el('div', { class: 'kv-trees' })
     this.others = new Others(model, select)
-    const tree = el('div', { class: 'kv-tree' }, [this.trunks, this.ownEmpty, this.own, this.others.root])
+    const tree = el('div', { class: 'kv-tree' }, [this.trunks, this.ownEmpty, this.own, this.trees, this.others.root])
     this.root = section('Block tables', 'table', [tree])
     followPointer(this.root, select)
   }
@@ -26,27 +31,41 @@ export class Tables {
     const systems = [...this.model.system.values()]
     reconcile(this.trunks, systems, (s) => s.name, () => new Trunk(this.model).root, (node, s) => node.view.update(s))
     this._updateOwn()
+    this._updateTrees()
     this.others.update()
   }
 
+  /** One table of the viewer's, or the tree of several. */
   _updateOwn() {
     const session = this.model.ownSession()
-    const sequences = session ? [...session.sequences.values()].slice(0, OWN_SEQUENCES) : []
-    const held = sequences.some((sequence) => sequence.table.length)
+    const held = session && [...session.sequences.values()].find(({ table }) => table.length)
     setText(this.ownEmpty, held ? '' : this._teach(session))
-    this.ownEmpty.hidden = held
+    this.ownEmpty.hidden = Boolean(held)
+    const View = held && this._isForked(session) ? OwnBranches : OwnTable
     reconcile(
       this.own,
-      held ? sequences : [],
-      (sequence) => sequence.id,
-      () => new OwnTable(this.model, this.select).root,
-      (node, sequence) => node.view.update(session, sequence, this._textOf(session, sequence)),
+      held ? [held] : [],
+      () => View.name,
+      () => new View(this.model, this.select).root,
+      (node) => node.view.update(session, held, this.tokens?.session === session.id ? this.tokens : null, this.dropped),
     )
   }
 
-  _textOf(session, sequence) {
-    if (this.tokens?.session !== session.id) return null
-    return this.tokens.sequences.find((s) => s.id === sequence.id)?.tokens ?? null
+  _updateTrees() {
+    const forked = [...this.model.sessions.values()].filter((session) => session.id !== this.model.own && this._isForked(session))
+    reconcile(
+      this.trees,
+      forked.slice(0, TREES),
+      (session) => session.id,
+      () => new Branches(this.model, this.select).root,
+      (node, session) => node.view.update(session, also(this.model, session), this.dropped),
+    )
+  }
+
+  /** Whether there is a tree to show: two tables, or one that was just dropped. */
+  _isForked({ id, sequences }) {
+    const tables = [...sequences.values()].filter(({ table }) => table.length).length
+    return tables > 1 || (tables === 1 && this.dropped.fading(id).length > 0)
   }
 
   _teach(session) {
@@ -62,7 +81,7 @@ export class Tables {
 /** Highlight the blocks of whatever is pointed at below `root` (`data-block`, or a node's own `kvBlocks`); pin on click. */
 function followPointer(root, select) {
   const find = (event) => {
-    const node = event.target.closest('[data-block], [data-session]')
+    const node = event.target.closest('[data-block], [data-run], .kv-other[data-session]')
     if (!node || !root.contains(node)) return null
     const blocks = node.kvBlocks ?? [Number(node.dataset.block)]
     return { blocks, note: node.kvNote ?? '' }
@@ -104,43 +123,6 @@ class Trunk {
   }
 }
 
-/** Logical → physical: a row of chips, the block's number in each, filled as far as the block is. */
-class Chips {
-  constructor(model) {
-    this.model = model
-    this.root = el('div', { class: 'kv-chips' })
-  }
-
-  update(table, tokens) {
-    const items = table.map((block, logical) => ({ block, logical }))
-    reconcile(this.root, items, (item) => item.logical, newChip, (node, { block, logical }) => {
-      const held = Math.min(this.model.blockSize, tokens - logical * this.model.blockSize)
-      updateChip(node, this.model, block, logical, Math.max(0, held))
-    })
-  }
-}
-
-function newChip() {
-  const fill = el('span', { class: 'kv-chip-fill' })
-  const box = el('span', { class: 'kv-chip-box' }, [fill, el('span', { class: 'kv-chip-id' })])
-  const head = el('span', { class: 'kv-chip-head' }, [el('span'), el('span', { class: 'kv-chip-refs' })])
-  return el('span', { class: 'kv-chip' }, [head, box])
-}
-
-function updateChip(node, model, block, logical, held) {
-  const [head, box] = node.children
-  const [index, refs] = head.children
-  const [fill, id] = box.children
-  const ref = model.ref[block]
-  setData(node, { block, role: model.role(block) })
-  setText(index, String(logical))
-  node.classList.toggle('kv-copied', model.copiedFrom.has(block))
-  setText(id, String(block))
-  setText(refs, ref >= 2 ? `×${ref}` : '')
-  const height = `${(100 * held) / model.blockSize}%`
-  if (fill.style.height !== height) fill.style.height = height
-}
-
 /** The viewer's own sequence: table, last block slot by slot, and the text that is in it. */
 class OwnTable {
   constructor(model, select) {
@@ -165,16 +147,65 @@ class OwnTable {
     this.root.view = this
   }
 
-  update(session, sequence, text) {
+  update(session, sequence, texts, dropped) {
     const { tokens, table } = sequence
     setData(this.root, { tokens, blocks: table.join(','), state: session.state, sequence: sequence.id })
     setText(this.state, session.state)
     setText(this.size, `${plural(tokens, 'token')} in ${plural(table.length, 'block')}`)
-    setText(this.leaves, leaving(this.model, table))
+    setText(this.leaves, `${leaving(this.model, table)} ${also(this.model, session)} ${went(sequence, dropped.count(session.id))}`.trim())
     this.chips.update(table, tokens)
     this.slots.update(table, tokens, this.model.blockSize)
-    this.text.update(text)
+    this.text.update(textOf(texts, sequence.id))
   }
+}
+
+/** The viewer's own sequences as a tree, and the text of one of them. */
+class OwnBranches {
+  constructor(model, select) {
+    this.model = model
+    this.branches = new Branches(model, select)
+    this.text = new TokenStrip(model, select)
+    this.root = this.branches.root
+    this.root.append(this.text.root)
+    this.root.view = this
+  }
+
+  update(session, first, texts, dropped) {
+    const trunk = leaving(this.model, first.table)
+    this.branches.update(session, `${trunk} ${also(this.model, session)}`.trim(), dropped)
+    const shown = session.sequences.has(this.branches.chosen) ? this.branches.chosen : first.id
+    this.text.update(textOf(texts, shown), shown)
+  }
+}
+
+function textOf(texts, sequence) {
+  return texts?.sequences.find(({ id }) => id === sequence)?.tokens ?? null
+}
+
+/** Where a sequence comes from, and what became of the others, in a sentence or two. */
+function went({ parent, at }, counts) {
+  const from = parent === null ? '' : `Forked from sequence ${parent} after ${plural(at, 'token')}.`
+  const gone = inAll(counts)
+  return gone ? `${from} Dropped: ${gone}.` : from
+}
+
+/** With whom a session shares blocks beside the system prompt, as a sentence; empty if with nobody. */
+function also(model, session) {
+  const { blocks, others } = across(model, session)
+  if (!blocks) return ''
+  const named = others.slice(0, 3).map((id) => (id === model.own ? 'you' : `session ${id}`))
+  const left = others.length - named.length
+  const whom = left ? `${named.join(', ')} and ${count(left)} more` : named.join(' and ')
+  return `Shares ${plural(blocks, 'block')} of text with ${whom}.`
+}
+
+/** How many blocks of a session's tables are in others' tables too, outside the system prompts, and in whose. */
+function across(model, { id, sequences }) {
+  const held = model.acrossSessions()
+  const blocks = new Set([...sequences.values()].flatMap(({ table }) => table).filter((block) => held.has(block)))
+  const others = new Set([...blocks].flatMap((block) => [...held.get(block)]))
+  others.delete(id)
+  return { blocks: blocks.size, others: [...others].sort((a, b) => (b === model.own) - (a === model.own) || a - b) }
 }
 
 /** Where a table leaves the trunk, as a sentence. */
@@ -187,7 +218,7 @@ function leaving(model, table) {
   const last = system.table[blocks], next = table[blocks]
   const shares = `Shares ${blocks} of ${all} blocks.`
   if (blocks < all - 1 || next === undefined) return shares
-  if (model.copiedFrom.get(next) === last) return `${shares} The prompt ends inside block ${last}, so writing on copied it: ${last} → ${next}.`
+  if (model.copiedFrom.get(next)?.source === last) return `${shares} The prompt ends inside block ${last}, so writing on copied it: ${last} → ${next}.`
   return `${shares} The prompt ends inside block ${last}; this table has block ${next} in its place.`
 }
 
@@ -217,20 +248,23 @@ class TokenStrip {
   constructor(model, select) {
     this.model = model
     this.select = select
+    this.whose = el('span', { class: 'kv-quiet' })
     this.earlier = el('span', { class: 'kv-quiet' })
     this.text = el('div', { class: 'kv-tokens', tabIndex: 0, role: 'region', 'aria-label': 'Your text, by blocks' })
     this._follow = true // stay at the newest token, unless the reader scrolled away from it
     this.text.addEventListener('scroll', () => {
       this._follow = this.text.scrollTop + this.text.clientHeight >= this.text.scrollHeight - 8
     })
-    const head = el('div', { class: 'kv-row-head' }, [term('Your text in these blocks', 'tokens'), this.earlier])
+    const head = el('div', { class: 'kv-row-head' }, [term('Your text in these blocks', 'tokens'), this.whose, this.earlier])
     this.root = el('div', { class: 'kv-text' }, [head, this.text])
   }
 
-  update(tokens) {
+  /** `sequence`: whose text it is, where the viewer has several. */
+  update(tokens, sequence) {
     this.root.hidden = !tokens?.length
     if (!tokens?.length || tokens === this._shown) return
     this._shown = tokens
+    setText(this.whose, sequence === undefined ? '' : `sequence ${sequence}; click another branch to read it`)
     const groups = byBlock(tokens)
     const shown = groups.slice(-TOKEN_BLOCKS)
     const left = groups.length - shown.length
@@ -307,20 +341,21 @@ const NOBODY = {
 }
 
 /** What a row shows of a session: the blocks of all its sequences, each once, by role. */
-function outline(model, { id, state, sequences }) {
+function outline(model, session) {
+  const { id, state, sequences } = session
   const views = [...sequences.values()]
   const blocks = [...new Set(views.flatMap((view) => view.table))]
   const roles = { system: 0, shared: 0, private: 0 }
   for (const block of blocks) roles[model.role(block)]++
   const tokens = views.reduce((sum, view) => sum + view.tokens, 0)
   const trunk = views[0] && model.trunkOf(views[0].table)
-  return { id, state, tokens, blocks, roles, trunk: trunk ? `after ${trunk.blocks} of ${trunk.system.table.length}` : '–' }
+  return { id, state, tokens, blocks, roles, also: also(model, session), trunk: trunk ? `after ${trunk.blocks} of ${trunk.system.table.length}` : '–' }
 }
 
 function newOther() {
   const parts = ['system', 'shared', 'private'].map((role) => el('span', { dataset: { role } }))
   const bar = el('span', { class: 'kv-other-bar', 'aria-hidden': 'true' }, parts)
-  const cells = ['name', 'state', null, 'tokens', 'blocks', 'trunk']
+  const cells = ['name', 'state', null, 'tokens', 'blocks', 'trunk', 'also']
   return el(
     'div',
     { class: 'kv-other', role: 'listitem', dataset: { testid: 'kv-other-session' } },
@@ -328,11 +363,13 @@ function newOther() {
   )
 }
 
-function updateOther(node, { id, state, tokens, blocks, roles, trunk }, longest) {
-  const [name, status, bar, tokenCell, blockCell, trunkCell] = node.children
+function updateOther(node, { id, state, tokens, blocks, roles, trunk, also }, longest) {
+  const [name, status, bar, tokenCell, blockCell, trunkCell, alsoCell] = node.children
   setData(node, { session: id, state, tokens, blocks: blocks.length })
   node.kvBlocks = blocks
-  node.kvNote = `Session ${id}: ${plural(tokens, 'token')} in ${plural(blocks.length, 'block')}.`
+  node.kvNote = `Session ${id}: ${plural(tokens, 'token')} in ${plural(blocks.length, 'block')}. ${also}`.trim()
+  setText(alsoCell, also)
+  alsoCell.hidden = !also
   setText(name, `${id}`)
   setText(status, state)
   setText(tokenCell, count(tokens))

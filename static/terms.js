@@ -11,7 +11,7 @@ export const TERMS = {
   idle: 'Held by nobody, but its content is kept: whoever sends the same text finds it again. Evicted when room is needed, least recently used first.',
   private: 'In exactly one block table. Only its holder reads and writes it.',
   system: 'Part of the system prompt: computed once at start, pinned, and read by every session. ×n tells how many tables hold it.',
-  shared: 'In two or more block tables (reference count 2 or more), outside the system prompt. Nobody may write it; whoever wants to gets a copy first.',
+  shared: 'In two or more block tables (reference count 2 or more), outside the system prompt. Nobody may write it; whoever wants to gets a copy first. With a corner cut off (⇄ in a table): several sessions hold it, not only several branches of one.',
   sharedCount: 'Blocks with a reference count of 2 or more, those of the system prompt included.',
   yours: 'In the block table of your own session.',
   pinned: 'Never evicted. A pin is not a reference.',
@@ -24,6 +24,8 @@ export const TERMS = {
   preemptions: 'Sequences that lost their blocks to make room and were computed again later, since the server started.',
   table: 'Maps logical blocks (0, 1, 2 … in the order of the text) to physical blocks (anywhere in the pool). Attention looks up every token through it.',
   trunk: 'Its blocks exist once. Every session’s table starts with them and leaves the trunk where its own text begins.',
+  'fork trunk':
+    'Blocks that all sequences of this session have in common, there once. A branch leaves where its table differs; where that is inside a block, the branch wrote into a shared block and got a copy of it (copy-on-write).',
   ledger: 'Without paging, every sequence reserves room for the longest text it might reach, in one piece. The numbers compare that with the blocks in use now.',
   contiguous: 'Sequences × longest possible text (max_model_len), in slots. Solid: slots that hold a token. Hatched: reserved, never written.',
   paged: 'Used blocks × block size, in slots. A block that many share counts once. Hatched: slots that are still empty.',

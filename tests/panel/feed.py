@@ -1,6 +1,7 @@
 """Serve the panel on a pool that is real and visitors that are not: `python tests/panel/feed.py --port 7870`.
 
-For work on the panel without a model. The page at /panel/?me shows the first visitor as the viewer.
+For work on the panel without a model. The page at /?me shows the first visitor as the viewer. With --beams its turns
+are beam searches, with --replies they have several replies, of which one is chosen after a while.
 """
 
 import argparse
@@ -126,6 +127,71 @@ class Visitor:
         self.house.log.emit("end", "session ended", sequence=self.session)
 
 
+class Searcher(Visitor):
+    """A visitor whose answers are many at once: beams, which fork and are dropped at any step, or replies."""
+
+    def __init__(self, house: "House", session: int) -> None:
+        self.others: dict[int, tuple[BlockTable, list[int]]] = {}  # sequence -> its table and tokens
+        super().__init__(house, session)
+
+    def step(self) -> bool:
+        if self.others and not self.answer and self.wait < 20:
+            self.choose()
+        return super().step()
+
+    def say(self) -> None:
+        super().say()
+        for _ in range(1, self.house.options.replies):
+            self.fork(self.table, self.tokens)
+
+    def fork(self, table: BlockTable, tokens: list[int]) -> None:
+        self.house.next_fork += 1
+        sequence = self.house.next_fork
+        self.others[sequence] = (table.fork(sequence, table.length, session=self.session), tokens[:])
+
+    def drop(self, sequence: int, reason: str) -> None:
+        table, _ = self.others.pop(sequence)
+        table.release(reason)
+        self.house.log.emit("end", reason, sequence=sequence)
+
+    def take(self, tokens: list[int]) -> None:
+        """The first beam goes on as the text says, the others with a word of their own each."""
+        chance = self.house.random
+        if self.answer and self.house.options.beams:
+            self.move_on()
+        super().take(tokens)
+        for table, said in self.others.values():
+            said.append(chance.randrange(len(self.house.words.texts)))
+            with contextlib.suppress(PoolFull):
+                table.append(len(said) - table.length)
+                table.publish(said, table.length)
+
+    def move_on(self) -> None:
+        """Beams fork; as many as are too many are dropped."""
+        chance, width = self.house.random, self.house.options.beams
+        for _ in range(chance.choice([0, 0, 1, 2]) if self.others else width - 1):
+            table, tokens = chance.choice([(self.table, self.tokens), *self.others.values()])
+            self.fork(table, tokens)
+        while len(self.others) >= width:
+            self.drop(chance.choice(list(self.others)), "a likelier beam went on")
+
+    def rest(self) -> None:
+        super().rest()
+        self.wait = max(self.wait, 80)
+        for sequence, (table, tokens) in self.others.items():
+            table.publish(tokens, table.length, tail=True)
+            self.house.log.emit("state", "turn ended", sequence=sequence, session=self.session, state="resting")
+
+    def choose(self) -> None:
+        for sequence in list(self.others):
+            self.drop(sequence, "another reply was chosen")
+
+    def leave(self) -> None:
+        for sequence in list(self.others):
+            self.drop(sequence, "session ended")
+        super().leave()
+
+
 class House:
     """The pool, its visitors, and everybody who watches."""
 
@@ -147,7 +213,7 @@ class House:
         self.log.listeners += [self.mirror.apply, self.fresh.append]
         self.viewers: set[asyncio.Queue[str]] = set()
         self.visitors: list[Visitor] = []
-        self.next = 1
+        self.next, self.next_fork = 1, 1000
         self._pin_system()
 
     def _pin_system(self) -> None:
@@ -161,8 +227,10 @@ class House:
         self.log.emit("end", "prefilled", sequence=0)
 
     def arrive(self) -> None:
-        self.visitors.append(Visitor(self, self.next))
-        self.visitors[-1].turns += 1000 * (self.next == 1)
+        first = self.next == 1
+        searches = first and (self.options.beams or self.options.replies > 1)
+        self.visitors.append((Searcher if searches else Visitor)(self, self.next))
+        self.visitors[-1].turns += 1000 * first
         self.next += 1
 
     def step(self) -> None:
@@ -213,12 +281,18 @@ class House:
         if request.headers.get("Authorization") != f"Bearer {TOKEN}" or not self.visitors:
             return JSONResponse({"error": {"message": "unknown view token"}}, 401)
         mine, size = self.visitors[0], self.options.block_size
-        shown = mine.tokens[: mine.table.length]
-        tokens = [
-            {"text": self.words.texts[token], "block": mine.table.blocks[i // size], "slot": i % size}
-            for i, token in enumerate(shown)
+        held = {mine.session: (mine.table, mine.tokens), **(mine.others if isinstance(mine, Searcher) else {})}
+        sequences = [
+            {
+                "id": sequence,
+                "tokens": [
+                    {"text": self.words.texts[token], "block": table.blocks[i // size], "slot": i % size}
+                    for i, token in enumerate(tokens[: table.length])
+                ],
+            }
+            for sequence, (table, tokens) in held.items()
         ]
-        return JSONResponse({"session": mine.session, "sequences": [{"id": mine.session, "tokens": tokens}]})
+        return JSONResponse({"session": mine.session, "sequences": sequences})
 
     async def snapshot(self, request: Request) -> Response:
         return JSONResponse(self.mirror.to_json(scope="full", sharing="all"))
@@ -252,6 +326,8 @@ def main() -> None:
         "speed": 20,
         "skip": 0,
         "seed": 1,
+        "beams": 0,
+        "replies": 1,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()

@@ -56,7 +56,7 @@ test('the filters', () => {
 })
 
 test('every kind of event has a sentence', () => {
-  const line = { block: 1, blocks: [1], source: 2, others: 0, at: 3, fill: 1, slots: 4, ref: 0, becomes: 'used', name: 'a', state: 'queued', session: 2 }
+  const line = { block: 1, blocks: [1], source: 2, sources: [2], sequences: new Set([2]), times: 1, branches: 1, others: 0, at: 3, fill: 1, slots: 4, ref: 0, becomes: 'used', name: 'a', state: 'queued', session: 2 }
   const kinds = 'allocate share copy write publish unpublish release pin evict fork truncate preempt state end'.split(' ')
   const impersonal = ['unpublish', 'pin', 'evict'] // these name no sequence
   for (const kind of kinds) {
@@ -66,6 +66,73 @@ test('every kind of event has a sentence', () => {
       assert.doesNotMatch(sentence, /undefined|null|NaN/, kind)
     }
   }
+})
+
+/** What is told of a session with these sequences to its own viewer; `at` is the time of each event in ms. */
+function toldOfBranches(events, sequences = [1, 2, 3]) {
+  const model = new Model()
+  model._clear(200)
+  model.own = 1
+  model.sessions.set(1, { sequences: new Map(sequences.map((id) => [id, {}])) })
+  let now = 0
+  const story = new Story(model, () => now)
+  for (const { time = now, ...event } of events) {
+    now = time
+    story.add({ reason: 'test', sequence: 1, ...event }, 1)
+  }
+  return story.lines('all').map((line) => tell(line, true))
+}
+
+const fork = (sequence, parent = 1, at = 96) => [
+  { kind: 'fork', session: 1, sequence, parent, at },
+  { kind: 'share', reason: 'fork', sequence, logical: 0, block: 1, ref: sequence, at: 16 },
+]
+
+test('forks are one sentence, and what they share goes without saying', () => {
+  assert.deepEqual(toldOfBranches(fork(2), [1]), ['You forked after 96 tokens: both branches read the same blocks so far.'])
+  assert.deepEqual(toldOfBranches([2, 3, 4].flatMap((id) => fork(id)), [1]), [
+    'You forked into 4 branches after 96 tokens: all read the same blocks so far.',
+  ])
+  assert.deepEqual(toldOfBranches([...fork(2), ...fork(3, 2, 97)]), ['You forked 2 times, last after 97 tokens: a fork copies nothing.'])
+})
+
+test('branches that part in one step are one sentence', () => {
+  const copies = [97, 98, 99].map((block, i) => ({ kind: 'copy', sequence: i + 1, block, source: 12, fill: 9 }))
+  assert.deepEqual(toldOfBranches(copies), ['Your branches parted inside block 12, so each wrote into a copy: blocks 97 to 99.'])
+})
+
+test('dropped beams are counted in one sentence, with what became free', () => {
+  const drop = (sequence, block) => [
+    { kind: 'truncate', reason: 'a likelier beam went on', sequence, at: 0 },
+    { kind: 'release', reason: 'a likelier beam went on', sequence, logical: 1, block, ref: 0, becomes: 'free' },
+    { kind: 'release', reason: 'a likelier beam went on', sequence, logical: 0, block: 1, ref: 2, becomes: 'used' },
+    { kind: 'end', reason: 'a likelier beam went on', sequence },
+  ]
+  assert.deepEqual(toldOfBranches([...drop(2, 12), ...drop(3, 15)]), [
+    'Blocks 12 and 15 are free again.',
+    'You dropped 2 beams: likelier ones went on.',
+  ])
+})
+
+test('replies that end, rest or are not chosen', () => {
+  const rests = { kind: 'state', session: 1, sequence: 2, state: 'resting' }
+  assert.deepEqual(toldOfBranches([rests]), ['A branch of yours ended: its table rests and keeps its blocks.'])
+  assert.deepEqual(toldOfBranches([{ kind: 'end', reason: 'stop', sequence: 2 }]), ['A branch of yours ended; the rest goes on.'])
+  assert.deepEqual(toldOfBranches([{ kind: 'end', reason: 'another reply was chosen', sequence: 2 }]), [
+    'You chose a reply: another one gave back what only it held.',
+  ])
+})
+
+test('a beam search does not flood: a line a kind every two seconds', () => {
+  const step = (n) => [
+    { time: 33 * n, kind: 'fork', session: 1, sequence: 100 + n, parent: 1, at: 96 + n },
+    ...[1, 2, 3].map((sequence) => ({ kind: 'copy', sequence, block: 20 + sequence, source: 12, fill: 9 })),
+    ...[1, 2, 3].map((sequence) => ({ kind: 'write', sequence, block: 20 + sequence, fill: 10, at: 97 + n })),
+    { kind: 'end', reason: 'a likelier beam went on', sequence: 99 + n },
+  ]
+  const lines = toldOfBranches(Array.from({ length: 120 }, (_, n) => step(n)).flat()) // four seconds
+  assert.ok(lines.length <= 8, lines.join('\n'))
+  assert.match(lines[0], /^You forked \d\d times/)
 })
 
 test('numbers in words', () => {
