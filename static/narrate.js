@@ -34,6 +34,7 @@ export class Story {
     if (isSaidElsewhere(event)) return
     const line = this._line(event, session)
     if (line.branches > 1) {
+      if (line.kind === 'truncate' && line.at === 0) return // its end, or what preempted it, says it
       if (this._join(line)) return
     } else {
       this._open.delete(session)
@@ -116,8 +117,10 @@ function keep(lines, line) {
   if (lines.length > KEPT) lines.shift()
 }
 
-function sort({ kind, becomes = '', state = '', dropped = '' }) {
-  return `${kind} ${becomes} ${state} ${dropped}`
+/** What sort of thing a line says: of one sort, several can be said at once. */
+function sort({ kind, becomes, state, dropped, fromSystem, fill, slots }) {
+  const part = kind === 'publish' ? (fill === slots ? 'full' : fill) : kind === 'copy' ? fromSystem : (becomes ?? state ?? dropped)
+  return `${kind} ${part}`
 }
 
 /** What a fork shares, and what a dropped sequence gives back one reader of, goes without saying. */
@@ -127,7 +130,7 @@ function isSaidElsewhere(event) {
 
 /** Tell `line` as a part of `last`, if one sentence can say both. */
 function merge(last, line) {
-  if (last.kind !== line.kind || last.becomes !== line.becomes || last.reason !== line.reason) return false
+  if (sort(last) !== sort(line) || last.reason !== line.reason) return false
   if (line.kind === 'write') {
     if (last.sequence !== line.sequence) return false
     last.blocks = last.block === line.block ? last.blocks : [...last.blocks, line.block]

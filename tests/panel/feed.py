@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,9 @@ class Searcher(Visitor):
         return super().step()
 
     def say(self) -> None:
+        if len(self.tokens) > self.house.options.blocks * self.house.options.block_size // 8:  # a new chat
+            self.table.release("new chat")
+            self.tokens = list(self.house.system)
         super().say()
         for _ in range(1, self.house.options.replies):
             self.fork(self.table, self.tokens)
@@ -316,21 +319,7 @@ def page(request: Request) -> Response:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in {
-        "port": 7870,
-        "blocks": 256,
-        "block-size": 16,
-        "sessions": 6,
-        "speed": 20,
-        "skip": 0,
-        "seed": 1,
-        "beams": 0,
-        "replies": 1,
-    }.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    options = parser.parse_args()
+def create_app(options: argparse.Namespace) -> Starlette:
     house = House(options)
 
     @contextlib.asynccontextmanager
@@ -348,9 +337,26 @@ def main() -> None:
         Route("/restart", house.restart),
         Mount("/panel", StaticFiles(directory=static, html=True)),
     ]
-    app = Starlette(routes=routes, lifespan=lifespan)
-    uvicorn.run(app, port=options.port, log_level="warning", timeout_graceful_shutdown=1)
+    return Starlette(routes=routes, lifespan=lifespan)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, default in {
+        "port": 7870,
+        "blocks": 256,
+        "block-size": 16,
+        "sessions": 6,
+        "speed": 20,
+        "skip": 0,
+        "seed": 1,
+        "beams": 0,
+        "replies": 1,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    options = parse()
+    uvicorn.run(create_app(options), port=options.port, log_level="warning", timeout_graceful_shutdown=1)
