@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from chatpage import tutor
 from chatpage.cache.pool import BlockPool
@@ -27,8 +27,10 @@ from chatpage.model.kv import empty_cache, lacks_memory
 from chatpage.model.load import load
 from chatpage.model.step import Launched
 from chatpage.pace import Pace
+from chatpage.schedule.beam import Beams, BeamSearch
+from chatpage.schedule.group import BeamGroup
 from chatpage.schedule.params import SamplingParams
-from chatpage.schedule.request import Delta, FinishReason, Logprob, Prompt, Request, TurnState
+from chatpage.schedule.request import Delta, FinishReason, Prompt, Request
 from chatpage.schedule.scheduler import Chunk, Scheduler, Step
 from chatpage.schedule.sequence import Sequence
 from chatpage.schedule.session import Session
@@ -38,6 +40,7 @@ from chatpage.stream import Stream
 from chatpage.text.answer import Answer
 from chatpage.text.template import ChatTemplate
 from chatpage.trace import Trace
+from chatpage.turn import Search, Turn
 
 log = logging.getLogger(__name__)
 
@@ -56,21 +59,6 @@ class SystemPrompt:
     name: str
     text: str
     tokens: tuple[int, ...]
-
-
-@dataclass(eq=False, slots=True)
-class Turn:
-    """A sequence, its text and its reader.
-
-    Attributes:
-        made_way: how often it was preempted because memory was lacking, since it had `made_way_at` tokens.
-    """
-
-    sequence: Sequence
-    answer: Answer
-    stream: Stream
-    made_way: int = 0
-    made_way_at: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,22 +216,55 @@ class Core:
             refused = Delta("done", prompt_tokens=length, finish_reason="error", error=refusal)
             self._outbox += [(stream, refused) for stream in streams]
             return
-        seed = secrets.randbits(63) if params.seed is None else params.seed
         limits = (self.max_model_len - length, params.max_tokens, self.settings.max_output_tokens)
         limit = min(limit for limit in limits if limit is not None)
+        new_answer = partial(
+            Answer,
+            self.tokenizer,
+            stop_token_ids=self.stop_token_ids.union(params.stop_token_ids),
+            stops=(*params.stop, *self.template.stops),
+            limit=limit,
+            min_tokens=params.min_tokens,
+        )
+        self.counts["prompt_tokens"] += length
+        if request.beams:
+            turns = [self._begin_search(request, request.beams, session, limit, new_answer, list(streams))]
+        else:
+            turns = self._begin_replies(request, session, limit, new_answer, streams)
+        for turn in turns:
+            self.turns[turn.sequences[0].id] = turn
+            self._tell(turn, turn.delta("queued"))
+
+    def _begin_replies(
+        self,
+        request: Request,
+        session: Session,
+        limit: int,
+        new_answer: Callable[[], Answer],
+        streams: tuple[Stream, ...],
+    ) -> list[Turn]:
+        params, length = request.params, len(request.prompt.tokens)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
         first = self.scheduler.submit(session, request.prompt, params, seed=seed, limit=length + limit)
         others = [self.scheduler.submit_reply(first, choice) for choice in range(1, len(streams))]
-        self.counts["prompt_tokens"] += length
-        for sequence, stream in zip((first, *others), streams, strict=True):
-            answer = Answer(
-                self.tokenizer,
-                stop_token_ids=self.stop_token_ids.union(params.stop_token_ids),
-                stops=(*params.stop, *self.template.stops),
-                limit=limit,
-                min_tokens=params.min_tokens,
-            )
-            turn = self.turns[sequence.id] = Turn(sequence, answer, stream)
-            self._tell(turn, "queued")
+        return [Turn(reply, new_answer(), stream) for reply, stream in zip((first, *others), streams, strict=True)]
+
+    def _begin_search(
+        self,
+        request: Request,
+        beams: Beams,
+        session: Session,
+        limit: int,
+        new_answer: Callable[[], Answer],
+        streams: list[Stream],
+    ) -> Turn:
+        params, length = request.params, len(request.prompt.tokens)
+        stops = self.stop_token_ids.union(params.stop_token_ids)
+        search = BeamSearch(beams, stop_token_ids=stops, max_tokens=limit)
+        first = self.scheduler.submit(
+            session, request.prompt, params, limit=length + limit, width=beams.width, candidates=search.candidates
+        )
+        return Search(first, BeamGroup(self.scheduler, search, first), new_answer, streams)
 
     @staticmethod
     def _refusal(session: Session | None) -> str | None:
@@ -254,23 +275,30 @@ class Core:
         return None
 
     def cancel(self, stream: Stream) -> None:
-        """End the turn of this stream, if it runs or waits."""
-        turn = next((turn for turn in self.turns.values() if turn.stream is stream), None)
+        """End the turn of this stream, if it runs or waits. All answers of a search end together."""
+        turn = next((turn for turn in self.turns.values() if stream in turn.streams), None)
         if turn is not None:
             self._finish(turn, "abort")
 
     def close(self, session: Session) -> None:
         """End a session's turn and release its blocks."""
-        for turn in [turn for turn in self.turns.values() if turn.sequence.session is session]:
+        for turn in self._turns_of(session):
             self._finish(turn, "abort")
         self.scheduler.wake(session, "the session was closed")
 
     def keep(self, session: Session, choice: int) -> None:
         """End and release all replies of a session's turn but one."""
-        for turn in [turn for turn in self.turns.values() if turn.sequence.session is session]:
-            if turn.sequence.choice != choice:
+        for turn in self._turns_of(session):
+            if turn.sequences[0].choice != choice:
                 self._finish(turn, "abort")
         self.scheduler.keep(session, choice)
+
+    def _turns_of(self, session: Session) -> list[Turn]:
+        return [turn for turn in self._all_turns() if turn.session is session]
+
+    def _all_turns(self) -> list[Turn]:
+        """Each once, however many sequences it has."""
+        return list(dict.fromkeys(self.turns.values()))
 
     def expire(self, rested_before: float) -> None:
         """Release tables that rest since before this moment of the monotonic clock."""
@@ -284,7 +312,7 @@ class Core:
         What is in flight is not waited for.
         """
         self._flight = None
-        for turn in list(self.turns.values()):
+        for turn in self._all_turns():
             try:
                 self._finish(turn, "error" if error else "abort", error=error)
             except Exception:  # the other readers wait too
@@ -308,7 +336,7 @@ class Core:
 
     def places(self, session: Session) -> list[tuple[int, list[int], list[int]]]:
         """Id, tokens that have a slot, and block table of each of a session's sequences."""
-        sequences = [turn.sequence for turn in self.turns.values() if turn.sequence.session is session]
+        sequences = [sequence for turn in self._turns_of(session) for sequence in turn.sequences]
         sequences += session.resting
         return [(s.id, s.tokens[: s.table.length], list(s.table.blocks)) for s in sequences]
 
@@ -327,8 +355,7 @@ class Core:
             RuntimeError: the model computes nothing any more.
         """
         step = self.scheduler.schedule()
-        for sequence in step.preempted:
-            self._tell(self.turns[sequence.id], "preempted")
+        self._tell_preempted(step.preempted)
         for sequence in step.exhausted:
             self._finish(self.turns[sequence.id], "length")
         if self._outbox:  # who was cancelled or preempted need not wait for the model
@@ -391,7 +418,10 @@ class Core:
         params = sequence.params
         is_too_short = position - sequence.prompt_length < params.min_tokens
         banned = self.stop_token_ids.union(params.stop_token_ids) if is_too_short else ()
-        return Draw(params, sequence.seed, sequence.choice, position, sequence.tokens, sequence.prompt_length, banned)
+        tokens, prompt_length = sequence.tokens, sequence.prompt_length
+        return Draw(
+            params, sequence.seed, sequence.choice, position, tokens, prompt_length, banned, sequence.candidates
+        )
 
     def _read(self, flight: Flight) -> list[Drawn]:
         """What each chunk gave; an error for those whose computation raises.
@@ -478,10 +508,10 @@ class Core:
             turn = self.turns.get(chunk.sequence.id)
             if turn is None or not chunk.is_wanted:
                 continue
-            if given.token is None:
-                self._tell(turn, "prefill")
+            if given.token is None and not given.candidates:
+                self._tell(turn, turn.delta("prefill"))
             else:
-                self._add(turn, given.token, given.logprob)
+                self._add(turn, chunk.sequence, given)
 
     def _make_way(self, sequences: list[Sequence]) -> None:
         """Preempt those for whose next token there was no memory: it may be there when others have ended.
@@ -497,7 +527,7 @@ class Core:
             if turn.made_way < (MADE_WAY if len(self.scheduler.running) > 1 else 1):
                 turn.made_way += 1
                 self.scheduler.preempt(sequence, "memory is full")
-                self._tell(turn, "preempted")
+                self._tell_preempted([sequence])
 
     def _end_broken(self, errors: dict[Sequence, str]) -> None:
         """End those whose computation failed; who held one of their blocks computes again."""
@@ -505,10 +535,10 @@ class Core:
             return
         copies = self._flight.step.copies if self._flight else ()
         culprits, preempted = self.scheduler.distrust(list(errors), copies)
-        for sequence in preempted:
-            self._tell(self.turns[sequence.id], "preempted")
+        self._tell_preempted(preempted)
         for sequence in culprits:
-            self._fail(sequence, errors[sequence])
+            if sequence.state != "done":  # it has not failed with another beam
+                self._fail(sequence, errors[sequence])
 
     def _fail(self, sequence: Sequence, error: str) -> None:
         turn = self.turns.get(sequence.id)
@@ -516,66 +546,37 @@ class Core:
             raise ModelError(f"The system prompt cannot be computed: {error}")
         self._finish(turn, "error", error=error)
 
-    def _add(self, turn: Turn, token: int, logprob: Logprob | None) -> None:
-        """One more token of an answer, and perhaps the last."""
-        turn.sequence.tokens.append(token)
+    def _add(self, turn: Turn, sequence: Sequence, drawn: Drawn) -> None:
+        """What a step gave to an answer, which may end by it."""
+        before = turn.sequences
         self.counts["generated_tokens"] += 1
-        text, reason = turn.answer.add(token)
-        logprobs = (logprob,) if logprob else ()
-        if reason is None:
-            self._tell(turn, "decode", text=text, tokens=(token,), logprobs=logprobs)
+        news = turn.add(sequence, drawn)
+        if turn.sequences is not before:  # some beams were dropped, and others forked
+            for beam in before:
+                del self.turns[beam.id]
+            self.turns.update({beam.id: turn for beam in turn.sequences})
+        if news.finish_reason is None:
+            self._tell(turn, news)
         else:
-            self._finish(turn, reason, text=text, tokens=(token,), logprobs=logprobs)
+            self._finish(turn, news.finish_reason, news=news)
 
-    def _finish(
-        self,
-        turn: Turn,
-        reason: FinishReason,
-        *,
-        text: str = "",
-        tokens: tuple[int, ...] = (),
-        logprobs: tuple[Logprob, ...] = (),
-        error: str | None = None,
-    ) -> None:
-        if reason in ("abort", "length") and not tokens:  # cut off from outside: what was held back is certain now
-            text = turn.answer.flush()
-        del self.turns[turn.sequence.id]
+    def _finish(self, turn: Turn, reason: FinishReason, *, error: str | None = None, news: Delta | None = None) -> None:
+        for sequence in turn.sequences:
+            del self.turns[sequence.id]
         try:
-            if reason == "error":
-                for holder in self.scheduler.fail(turn.sequence, "failed"):
-                    self._tell(self.turns[holder.id], "preempted")
-            else:
-                self.scheduler.end(turn.sequence, reason)
+            self._tell_preempted(turn.end(self.scheduler, reason))
         finally:  # whatever is wrong with the cache, nobody waits for ever
-            self.counts[reason] += 1
-            self.counts["cached_tokens"] += 0 if turn.sequence.origin else turn.sequence.cached or 0
-            self._tell(turn, "done", text=text, tokens=tokens, logprobs=logprobs, finish_reason=reason, error=error)
+            self.counts["cached_tokens"] += turn.found
+            for stream, delta in zip(turn.streams, turn.last(reason, error, news), strict=True):
+                self.counts[delta.finish_reason or reason] += 1
+                self._outbox.append((stream, delta))
 
-    def _tell(
-        self,
-        turn: Turn,
-        state: TurnState,
-        *,
-        text: str = "",
-        tokens: tuple[int, ...] = (),
-        logprobs: tuple[Logprob, ...] = (),
-        finish_reason: FinishReason | None = None,
-        error: str | None = None,
-    ) -> None:
-        sequence = turn.sequence
-        delta = Delta(
-            state=state,
-            text=text,
-            tokens=tokens,
-            logprobs=logprobs,
-            prompt_tokens=sequence.prompt_length,
-            cached_tokens=sequence.cached or 0,
-            computed_tokens=min(sequence.computed, sequence.prompt_length),
-            completion_tokens=sequence.generated,
-            finish_reason=finish_reason,
-            error=error,
-        )
-        self._outbox.append((turn.stream, delta))
+    def _tell(self, turn: Turn, delta: Delta) -> None:
+        self._outbox += [(stream, delta) for stream in turn.streams]
+
+    def _tell_preempted(self, sequences: list[Sequence]) -> None:
+        for turn in dict.fromkeys(self.turns[sequence.id] for sequence in sequences):
+            self._tell(turn, turn.delta("preempted"))
 
     def _hand_out_events(self) -> None:
         if not self._events:

@@ -28,6 +28,7 @@ class Draw(NamedTuple):
     Attributes:
         tokens: the sequence so far, at which penalties look: `prompt_length` tokens of the prompt, then what was drawn.
         banned: tokens that may not be drawn yet.
+        candidates: so many of the likeliest tokens are wanted, and none is drawn.
     """
 
     params: SamplingParams
@@ -37,6 +38,7 @@ class Draw(NamedTuple):
     tokens: Sequence[int] = ()
     prompt_length: int = 0
     banned: Collection[int] = ()
+    candidates: int = 0
 
 
 class Drawn(NamedTuple):
@@ -46,11 +48,13 @@ class Drawn(NamedTuple):
         token: the one that was drawn; None where none was asked for, or the row is broken.
         logprob: of that token, where it was asked for.
         error: one sentence, where the row is broken.
+        candidates: the likeliest tokens with their scores, the likeliest first, where they were asked for.
     """
 
     token: int | None = None
     logprob: Logprob | None = None
     error: str | None = None
+    candidates: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(slots=True)

@@ -11,6 +11,8 @@
       ├─ top_k ─ top_p ─ min_p  each of what the one before leaves
       └──▶ random: where the row's uniform number falls
 
+Beams take log-probabilities in the place of logits, pass the same steps as greedy rows, and get the likeliest tokens.
+
 The order is that of transformers' processors (bias, repetition penalty, bans, temperature, top_k, top_p, min_p), which
 knows no presence and frequency; these come after the repetition penalty as in vLLM. vLLM differs in one thing: there
 min_p comes before top_p. A row goes through those of the steps that it asks for, a plain greedy row through none.
@@ -51,6 +53,7 @@ class Sampled:
     _draws: list[Draw | None]
     _tokens: Tensor  # on the host
     _logprobs: "_Logprobs | None"
+    _candidates: "_Candidates | None"
     _arrived: torch.cuda.Event | None
 
     def drawn(self) -> list[Drawn]:
@@ -58,10 +61,16 @@ class Sampled:
         if self._arrived is not None:
             self._arrived.synchronize()
         logprobs = self._logprobs.of_rows() if self._logprobs else {}
-        return [
-            BROKEN if token < 0 else Drawn(token if draw else None, logprobs.get(i))
-            for i, (draw, token) in enumerate(zip(self._draws, self._tokens.tolist(), strict=True))
-        ]
+        candidates = self._candidates.of_rows() if self._candidates else {}
+        drawn: list[Drawn] = []
+        for i, (draw, token) in enumerate(zip(self._draws, self._tokens.tolist(), strict=True)):
+            if token < 0:
+                drawn.append(BROKEN)
+            elif i in candidates:
+                drawn.append(Drawn(candidates=candidates[i]))
+            else:
+                drawn.append(Drawn(token if draw else None, logprobs.get(i)))
+        return drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +101,18 @@ def begin_sampling(logits: Tensor, draws: list[Draw | None], drawn: Tensor | Non
     """
     tokens = tokens_of_largest(logits) if drawn is None else drawn
     is_done = _is_plain if drawn is None else leaves_logits
-    wishes = {i: draw for i, draw in enumerate(draws) if draw is not None and not is_done(draw)}
+    wishes = {i: draw for i, draw in enumerate(draws) if draw and not draw.candidates and not is_done(draw)}
     if wishes:
         rows = _there(list(wishes), logits)
         chosen = _choose(logits[rows].float(), list(wishes.values()))
         tokens[rows] = chosen.where(tokens[rows] >= 0, -1)
-    logprobs = _logprobs(logits, tokens, draws)
+    logprobs, candidates = _logprobs(logits, tokens, draws), _candidates(logits, draws)
     here = tokens.to("cpu", non_blocking=True)
     arrived = None
     if logits.is_cuda:
         arrived = torch.cuda.Event()
         arrived.record()
-    return Sampled(tokens, draws, here, logprobs, arrived)
+    return Sampled(tokens, draws, here, logprobs, candidates, arrived)
 
 
 def tokens_of_largest(logits: Tensor) -> Tensor:
@@ -142,10 +151,7 @@ def leaves_logits(draw: Draw) -> bool:
 
 def _choose(logits: Tensor, draws: list[Draw]) -> Tensor:
     """The tokens (draws,). `logits` are 32-bit, and written to."""
-    _add_biases(logits, draws)
-    _ban(logits, draws)
-    _penalize_repetition(logits, draws)
-    _penalize_drawn(logits, draws)
+    _change(logits, draws)
     random = [i for i, draw in enumerate(draws) if not draw.params.greedy]
     if len(random) == len(draws):
         return _draw(logits, draws)
@@ -157,6 +163,13 @@ def _choose(logits: Tensor, draws: list[Draw]) -> Tensor:
 
 
 # -- what changes the logits ------------------------------------------------------------------------------------------
+
+
+def _change(logits: Tensor, draws: list[Draw]) -> None:
+    _add_biases(logits, draws)
+    _ban(logits, draws)
+    _penalize_repetition(logits, draws)
+    _penalize_drawn(logits, draws)
 
 
 def _add_biases(logits: Tensor, draws: list[Draw]) -> None:
@@ -286,6 +299,31 @@ def _logprobs(logits: Tensor, tokens: Tensor, draws: list[Draw | None]) -> _Logp
     top = own.topk(min(max(asked.values()), own.shape[-1]), dim=-1)
     numbers = (chosen, of_tokens, top.indices, top.values)
     return _Logprobs(asked, *(tensor.to("cpu", non_blocking=True) for tensor in numbers))
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """The likeliest tokens and their scores on their way to the host; `counts` says by row how many are asked for."""
+
+    counts: dict[int, int]
+    tokens: Tensor
+    scores: Tensor
+
+    def of_rows(self) -> dict[int, tuple[tuple[int, float], ...]]:
+        rows = zip(self.counts.items(), self.tokens.tolist(), self.scores.tolist(), strict=True)
+        return {row: tuple(zip(tokens[:n], scores[:n], strict=True)) for (row, n), tokens, scores in rows}
+
+
+def _candidates(logits: Tensor, draws: list[Draw | None]) -> _Candidates | None:
+    """Where asked for: the likeliest tokens by their log-probabilities, which pass the steps that change logits."""
+    asked = {i: draw for i, draw in enumerate(draws) if draw and draw.candidates}
+    if not asked:
+        return None
+    scores = logits[_there(list(asked), logits)].float().log_softmax(dim=-1)
+    _change(scores, list(asked.values()))
+    counts = {i: draw.candidates for i, draw in asked.items()}
+    top = scores.topk(min(max(counts.values()), scores.shape[-1]), dim=-1)
+    return _Candidates(counts, *(tensor.to("cpu", non_blocking=True) for tensor in (top.indices, top.values)))
 
 
 def _there(numbers: Any, like: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:

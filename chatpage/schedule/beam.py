@@ -76,6 +76,7 @@ class BeamSearch:
     Attributes:
         live: the likeliest first; at most `width`, and none once the search is over.
         finished: the best first; at most `width`.
+        length: how many tokens each live beam has.
     """
 
     def __init__(self, wish: Beams, *, stop_token_ids: Collection[int], max_tokens: int) -> None:
@@ -85,7 +86,7 @@ class BeamSearch:
         self._wish = wish
         self._stops = frozenset(stop_token_ids)
         self._max_tokens = max_tokens
-        self._length = 0
+        self.length = 0
 
     @property
     def candidates(self) -> int:
@@ -121,7 +122,7 @@ class BeamSearch:
             ValueError: `given` has not one entry for each live beam.
         """
         ranked = self._ranked(given)
-        self._length += 1
+        self.length += 1
         # An end token that is not among the `width` likeliest has come too late: its beam is dropped.
         ended = [move for move in ranked[: self._wish.width] if self._ends(move)]
         moves = [move for move in ranked if not self._ends(move)][: self._wish.width]
@@ -141,14 +142,14 @@ class BeamSearch:
         return sorted(moves, key=lambda move: move.score, reverse=True)  # equal ones stay in their order
 
     def _ends(self, move: Move) -> bool:
-        return self._length == self._max_tokens or move.token in self._stops
+        return self.length == self._max_tokens or move.token in self._stops
 
     def _grown(self, moves: list[Move]) -> list[Beam]:
         return [Beam((*self.live[move.parent].tokens, move.token), move.score) for move in moves]
 
     def _with_finished(self, beams: list[Beam]) -> list[Finished]:
         """The best of the finished beams and of these, as if they finished now."""
-        ended = [Finished(beam.tokens, self._normalised(beam.score, self._length)) for beam in beams]
+        ended = [Finished(beam.tokens, self._normalised(beam.score, self.length)) for beam in beams]
         return sorted(self.finished + ended, key=lambda beam: beam.score, reverse=True)[: self._wish.width]
 
     def _may_improve(self) -> bool:
@@ -159,7 +160,7 @@ class BeamSearch:
         if wish.early_stopping is True or wish.width == 1:
             return False
         grows = wish.early_stopping == "never" and wish.length_penalty > 0
-        length = self._max_tokens if grows else self._length
+        length = self._max_tokens if grows else self.length
         return self._normalised(self.live[0].score, length) > self.finished[-1].score
 
     def _normalised(self, score: float, length: int) -> float:

@@ -29,7 +29,8 @@ class Request:
         params: how tokens are chosen.
         session: key of an open session, whose table rests when the turn ends; None releases everything at the end.
         owner: who asks, where there is no session: requests of one owner may share with each other. None is nobody.
-        beams: search for the likeliest answers instead of drawing one; of `params` only what changes logits counts then.
+        beams: search for the likeliest answers instead of drawing one. Nothing may be drawn or looked for then: see
+            `require_searchable`.
     """
 
     prompt: Prompt
@@ -65,8 +66,8 @@ class Delta(NamedTuple):
         completion_tokens: how many tokens were generated in all.
         finish_reason: with `done`: `stop`, `length`, `abort` (cancelled) or `error`.
         error: with `error`: one sentence.
-        beams, finished: of a beam search that goes on, told to its first stream alone: the live beams, the likeliest
-            first, and those that have finished, the best first. The text of all streams comes with `done`.
+        beams, finished: of a beam search that goes on: the live beams, the likeliest first, and those that have
+            finished, the best first. All text comes with `done`.
         score: with `done`, of an answer that was searched for: see `Finished`.
     """
 

@@ -24,6 +24,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from chatpage.cache.pool import BlockPool, PoolFull
 from chatpage.cache.prefix import Node
@@ -150,11 +151,17 @@ class Scheduler:
         seed: int = 0,
         draws: bool = True,
         limit: int | None = None,
+        width: int = 1,
+        candidates: int = 0,
     ) -> Sequence:
-        """Queue one turn, which must fit (`require_room`). The other arguments are attributes of `Sequence`."""
+        """Queue one turn, which must fit (`require_room`). The other arguments are attributes of `Sequence`.
+
+        A width must not be more than `max_sequences`.
+        """
         number = next(self._ids)
         table = BlockTable(self.pool, number, session.domain, prompt.system_tokens)
-        sequence = Sequence(number, session, prompt, params, table, seed=seed, draws=draws, limit=limit)
+        wishes: dict[str, Any] = {"seed": seed, "draws": draws, "limit": limit}
+        sequence = Sequence(number, session, prompt, params, table, **wishes, width=width, candidates=candidates)
         if not session.active:
             # Having been away earns no credit: start level with the least served of those who are here.
             here = {s.session for s in (*self.running, *self.preempted, *self.waiting)}
@@ -168,9 +175,27 @@ class Scheduler:
         number = next(self._ids)
         table = BlockTable(self.pool, number, session.domain, prompt.system_tokens)
         sequence = Sequence(number, session, prompt, origin.params, table, seed=origin.seed, limit=origin.limit)
-        sequence.origin, sequence.choice = origin, choice
+        sequence.origin, sequence.turn, sequence.choice = origin, origin.turn, choice
         self._queue(sequence)
         return sequence
+
+    def branch(self, parent: Sequence) -> Sequence:
+        """A second sequence that runs on from where a running beam is, and shares all its blocks.
+
+        All of the beam's tokens must be computed, and none be in flight.
+        """
+        assert parent.is_running, f"sequence {parent.id} does not run"
+        assert parent.computed == len(parent.tokens) == parent.table.length, f"sequence {parent.id} is in flight"
+        number, session = next(self._ids), parent.session
+        prompt = Prompt(tuple(parent.tokens), parent.system_tokens)
+        table = parent.table.fork(number, parent.computed, session=session.id)
+        child = Sequence(number, session, prompt, parent.params, table, seed=parent.seed, limit=parent.limit)
+        child.prompt_length, child.computed, child.cached = parent.prompt_length, parent.computed, parent.cached
+        child.turn, child.width, child.candidates = parent.turn, parent.width, parent.candidates
+        child.looks_back, child.state = parent.looks_back, parent.state
+        session.active += 1
+        self._start(child)
+        return child
 
     def _queue(self, sequence: Sequence) -> None:
         sequence.session.active += 1
@@ -191,6 +216,16 @@ class Scheduler:
             self._rest(sequence, reason)
         else:
             self._leave(sequence, reason)
+
+    def drop(self, sequence: Sequence, reason: str) -> None:
+        """Nobody wants it any more: it does not rest. Its full blocks stay findable."""
+        self._dequeue(sequence)
+        self._leave(sequence, reason)
+
+    def let_go(self, sequence: Sequence, reason: str) -> None:
+        """Release a table that rests. Harmless if it does not, any more."""
+        if sequence.state == "resting":
+            self._wake(sequence, reason)
 
     def fail(self, sequence: Sequence, reason: str) -> list[Sequence]:
         """The turn is over, and what it computed cannot be trusted: of what it holds, nothing will be found again.
@@ -293,7 +328,7 @@ class Scheduler:
         for sequence in list(self.running):
             if not budget or step.lacks_room:  # who is newer must not take what an older one needs
                 break
-            if sequence.state != "preempted":  # by an older one, a moment ago
+            if sequence.state != "preempted" and not sequence.waits:  # it may have been preempted a moment ago
                 budget -= self._run(sequence, budget, step)
         if not (step.preempted or step.lacks_room):  # who just lost his blocks would only take them from others again
             self._admit_others(budget, step)
@@ -382,7 +417,7 @@ class Scheduler:
         """Take all blocks from a running sequence. Its tokens stay; what was written may still be found later."""
         self.running.remove(sequence)
         self.preempted.append(sequence)
-        self.preempted.sort(key=lambda s: s.id)
+        self.preempted.sort(key=lambda s: s.age)
         sequence.state = "preempted"
         self.events.emit("preempt", reason, sequence=sequence.id, session=sequence.session.id)
         sequence.table.release("preempted")
@@ -400,13 +435,16 @@ class Scheduler:
 
     def _admit_others(self, budget: int, step: Step) -> None:
         """Start sequences while places and budget last. None of them pushes another one out."""
-        places = self.max_sequences - len(self.running)
-        if not budget or not places:  # the usual step of a full house need not sort those who wait
+        if not (self.preempted or self.waiting):
+            return
+        places = self._places()
+        if not budget or not (self.preempted or places):  # the usual step of a full house need not sort those who wait
             return
         for sequence in self._by_turn():
-            if not budget or not places:
+            taken = 0 if sequence.width > 1 and self._has_place(sequence.turn) else sequence.width
+            if not budget or taken > places:
                 break
-            places -= 1  # also for one that waits for a block: it is not overtaken for good
+            places -= taken  # also for one that waits for a block: it is not overtaken for good
             if self._awaits_block(sequence) or self._awaits_prompt(sequence):
                 continue
             if self._may_fork(sequence):
@@ -418,14 +456,36 @@ class Scheduler:
                 if self._must_await(sequence, matches):
                     continue
                 if not self._has_room(sequence, matches):
-                    if not self.running:
-                        step.exhausted.append(sequence)  # it would have the pool for itself, so it will never fit
+                    if all(running.waits for running in self.running):  # nobody will make room by ending
+                        self._clear_the_way(sequence, step)
                     break
                 self._admit(sequence, sequence.table.take(matches))
             ran = self._run(sequence, budget, step)
             if not ran:  # it had to make way again at once
                 break
             budget -= ran
+
+    def _places(self) -> int:
+        """How many sequences may be started. A search has places for all its beams from the beginning."""
+        beams = {s.turn: s.width for s in self.running if s.width > 1}
+        others = sum(s.width == 1 for s in self.running)
+        return self.max_sequences - others - sum(beams.values())
+
+    def _has_place(self, turn: int) -> bool:
+        return any(running.turn == turn for running in self.running)
+
+    def _clear_the_way(self, sequence: Sequence, step: Step) -> None:
+        """All who run are beams that wait for others which were preempted: the newest search makes way.
+
+        If there is no other one, the sequence would have the pool for itself and its own search, so it will never fit.
+        """
+        newest = next((s.turn for s in reversed(self.running) if s.turn != sequence.turn), None)
+        if newest is None:
+            step.exhausted.append(sequence)
+            return
+        for beam in [s for s in self.running if s.turn == newest]:
+            self.preempt(beam, "another search needs its blocks")
+            step.preempted.append(beam)
 
     def _by_turn(self) -> Iterator[Sequence]:
         """Who is to start next: the preempted ones by arrival; once all of them run, new ones."""
@@ -447,9 +507,12 @@ class Scheduler:
             self._admitted += 1
         queue = self.preempted if sequence.state == "preempted" else self.waiting
         queue.remove(sequence)
-        self.running.append(sequence)
-        self.running.sort(key=lambda s: s.id)
+        self._start(sequence)
         self.wake(sequence.session, "the next turn goes on from it", but=sequence.turn)
+
+    def _start(self, sequence: Sequence) -> None:
+        self.running.append(sequence)
+        self.running.sort(key=lambda s: s.age)
 
     def _awaits_block(self, sequence: Sequence) -> bool:
         """Whether it is known to wait, and the block is still to come."""

@@ -30,14 +30,19 @@ class Sequence:
         draws: whether a token is drawn after the last one; a system prompt's own sequence only fills blocks.
         looks_back: whether a token can only be drawn once the one before it is known here, not only on the device. No
             step that draws for it stays in flight. Whatever else needs that says so here.
+        turn: the id of the first sequence of its turn: what all replies to one prompt, and all beams, have in common.
         origin: another reply to the same prompt, whose table it forks when the prompt is computed; None is the first.
         choice: which of the replies it is, from 0 on.
+        width: how many beams its turn may have at once; 1 where it is no beam.
+        candidates: so many of the likeliest tokens are wanted after the last one, instead of one that is drawn.
+        waits: whether they are known, and it waits for those of the other beams.
         awaits: another sequence that fills a block which this one needs too, and the number of its tokens by then.
     """
 
     __slots__ = (
         "awaits",
         "cached",
+        "candidates",
         "choice",
         "computed",
         "draws",
@@ -55,6 +60,9 @@ class Sequence:
         "system_tokens",
         "table",
         "tokens",
+        "turn",
+        "waits",
+        "width",
     )
 
     def __init__(
@@ -68,8 +76,10 @@ class Sequence:
         seed: int = 0,
         draws: bool = True,
         limit: int | None = None,
+        width: int = 1,
+        candidates: int = 0,
     ) -> None:
-        self.id = id
+        self.id = self.turn = id
         self.session = session
         self.tokens = list(prompt.tokens)
         self.prompt_length = len(prompt.tokens)
@@ -81,7 +91,10 @@ class Sequence:
         self.limit = limit
         self.origin: Sequence | None = None
         self.choice = 0
-        self.looks_back = params.penalizes
+        self.width = width
+        self.candidates = candidates
+        self.waits = False
+        self.looks_back = params.penalizes or candidates > 0
         self.computed = 0
         self.pending = 0
         self.life = 0
@@ -93,11 +106,12 @@ class Sequence:
         """What steps in flight compute for it does not count any more."""
         self.life += 1
         self.pending = 0
+        self.waits = False
 
     @property
-    def turn(self) -> int:
-        """What all replies to one prompt have in common."""
-        return self.id if self.origin is None else self.origin.id
+    def age(self) -> tuple[int, int]:
+        """Who is smaller is older. Beams that were forked lately are as old as their turn."""
+        return self.turn, self.id
 
     @property
     def is_running(self) -> bool:

@@ -72,7 +72,9 @@ class Nemesis:
     def run(self, rows: list[Row], compute: Callable[[list[Row]], list[Drawn]]) -> list[Drawn]:
         targets, self._targets = self._targets, set()
         copied = [row.table for row in rows if targets.intersection(row.table)]
-        due = {t.stream for t in self.engine.core.turns.values() if t.sequence.table.blocks in copied} & self._wanted
+        due = {
+            s for t in self.engine.core.turns.values() if t.sequences[0].table.blocks in copied for s in t.streams
+        } & self._wanted
         for stream in due:
             stream.cancel()
         self._wanted -= due
@@ -85,7 +87,7 @@ class Nemesis:
         return compute(rows)
 
     def cancel(self, stream: Stream) -> None:
-        sequence = next((t.sequence for t in self.engine.core.turns.values() if t.stream is stream), None)
+        sequence = next((t.sequences[0] for t in self.engine.core.turns.values() if stream in t.streams), None)
         if sequence is not None:
             doing = "decoding" if sequence.generated else "prefilling" if sequence.table.blocks else "queued"
             self.aborted["between copy and write" if stream in self._caught else doing] += 1

@@ -269,7 +269,7 @@ def test_what_a_step_in_flight_copied_from_a_row_that_is_broken_is_computed_agai
     for _ in range(4):
         desk.core.step()
     [turn] = desk.core.turns.values()
-    own = set(turn.sequence.table.blocks) - desk.core.pool.pinned
+    own = set(turn.sequences[0].table.blocks) - desk.core.pool.pinned
     late.copies.clear()
 
     def spoil(number: int, drawn: list[Drawn]) -> list[Drawn]:

@@ -61,7 +61,7 @@ def test_replies_share_their_prompt_and_part_by_copies(folder: Path, length: int
     used = []
     while desk.core.has_work:
         desk.core.step()
-        live = [turn.sequence for turn in desk.core.turns.values() if turn.sequence.table.length]
+        live = [s for turn in desk.core.turns.values() for s in turn.sequences if s.table.length]
         tables = {block for sequence in live for block in sequence.table.blocks}
         stored = [tuple(sequence.tokens[: sequence.table.length]) for sequence in live]
         if not desk.core._flight and live:
@@ -189,8 +189,8 @@ def test_a_failed_reply_ends_no_other(folder: Path) -> None:
     for _ in range(5):
         desk.core.step()
     desk.core.settle()
-    [second] = [turn for turn in desk.core.turns.values() if turn.stream is streams[1]]
-    desk.core._end_broken({second.sequence: "NaN."})
+    [second] = [s for turn in desk.core.turns.values() if streams[1] in turn.streams for s in turn.sequences]
+    desk.core._end_broken({second: "NaN."})
     desk.finish()
     answers = [read(stream) for stream in streams]
     assert [answer.reason for answer in answers] == ["length", "error", "length"]
