@@ -234,8 +234,8 @@ function named(blocks) {
 }
 
 function inShort({ source, slots }, block) {
-  const where = slots === null ? 'inside the block' : `after ${plural(slots, 'slot')}`
-  return source === null ? `parted ${where}` : `copied ${source} → ${block} ${where}`
+  const after = slots === null ? '' : ` after ${plural(slots, 'slot')}`
+  return source === null ? `parted${after || ' inside a block'}` : `copied ${source} → ${block}${after}`
 }
 
 function inWords({ source, slots }, block) {

@@ -7,7 +7,6 @@ import { dropped, isDropping } from './tree.js'
 const KEPT = 120 // lines for each filter
 const SHOWN = 40
 const TOGETHER = 2000 // ms: what several sequences of a session do meanwhile is told in one line a kind
-const NAMED = 16 // blocks that one such line has at most, the newest
 
 /** Events that follow each other in one session and say the same of different blocks are told in one line. */
 const TOLD_TOGETHER = new Set(['share', 'allocate', 'release', 'publish', 'unpublish', 'evict', 'pin'])
@@ -45,6 +44,7 @@ export class Story {
     keep(this.all, line)
     if (line.kind === 'copy') keep(this.copies, line)
     if (this.isMine(line)) keep(this._mine, line)
+    if (line.kind === 'end' && line.branches === 1) this._last.delete(session)
   }
 
   /** Sequences of one session take turns, so what they do is told by its kind. Returns whether a line took it in. */
@@ -60,8 +60,8 @@ export class Story {
       since,
       times: times + 1,
       sequences: new Set([...sequences, line.sequence]),
-      blocks: [...new Set([...blocks, ...line.blocks])].slice(-NAMED),
-      sources: [...new Set([...sources, ...line.sources])].slice(-NAMED),
+      blocks: [...new Set([...blocks, ...line.blocks])],
+      sources: [...new Set([...sources, ...line.sources])],
       same: same && first.parent === line.parent && first.at === line.at,
     })
     return true
@@ -118,8 +118,9 @@ function keep(lines, line) {
 }
 
 /** What sort of thing a line says: of one sort, several can be said at once. */
-function sort({ kind, becomes, state, dropped, fromSystem, fill, slots }) {
-  const part = kind === 'publish' ? (fill === slots ? 'full' : fill) : kind === 'copy' ? fromSystem : (becomes ?? state ?? dropped)
+function sort({ kind, reason, becomes, state, dropped, fromSystem, fill, slots }) {
+  if (kind === 'end') return `${kind} ${dropped ?? reason}`
+  const part = kind === 'publish' ? fill === slots : kind === 'copy' ? fromSystem : (becomes ?? state)
   return `${kind} ${part}`
 }
 
@@ -179,19 +180,23 @@ const SENTENCES = {
     : `${who} wrote into a block ${readers(others, fromSystem)}, so it was copied: ${source} → ${block}.`,
   publish: ({ blocks, fill, slots }) =>
     `${named(blocks, true)} ${are(blocks)} published: ` +
-    (fill === slots ? 'full, frozen, and can be found by content.' : `${fill} of ${slots} slots, can be found by content.`),
+    (fill === slots ? 'full, frozen, and can be found by content.'
+    : `${blocks.length > 1 ? 'the ends of what was written' : `${fill} of ${slots} slots`}, can be found by content.`),
   unpublish: ({ blocks }) => `${named(blocks, true)} can no longer be found by content.`,
   release: ({ blocks, becomes, ref }) => RELEASED[becomes](blocks, ref),
   pin: ({ blocks, name }) => `${named(blocks, true)} of the system prompt “${name}” ${are(blocks)} pinned: never evicted.`,
   evict: ({ blocks }) => `${named(blocks, true)} ${are(blocks)} evicted: idle, and the room was needed.`,
   truncate: ({ at }, who) => (at ? `${who} went back to ${plural(at, 'token')}.` : `${who} let all blocks go.`),
   preempt: (line, who) => `${who} lost all blocks to make room, and will be computed again.`,
-  end: ({ dropped, times, branches }, who, mine) =>
+  end: ({ dropped, times, branches, reason }, who, mine) =>
     dropped ? GONE[dropped](times, who)
+    : reason === NEXT_TURN ? `${mine ? 'your' : `${who}’s`} next turn has found its blocks, so the last one let go of them.`
     : branches > 1 ? `${several(times, who, mine)} ended; the rest goes on.`
     : mine ? 'Your session ended.'
     : `${who} ended.`,
 }
+
+const NEXT_TURN = 'the next turn goes on from it'
 
 const GONE = {
   beam: (times, who) => `${who} dropped ${plural(times, 'beam')}: likelier ones went on.`,
@@ -233,7 +238,7 @@ function readers(others, fromSystem) {
   return fromSystem ? 'of the pinned system prompt' : 'that is published'
 }
 
-const MARKS = { copy: '◆', share: '●', allocate: '▲', release: '▽', evict: '✕', preempt: '✕', fork: '⑂', write: '▪' }
+const MARKS = { copy: '◆', share: '●', allocate: '▲', release: '▽', evict: '✕', preempt: '✕', fork: '├', write: '▪' }
 
 /** The section "What just happened". */
 export class Narration {

@@ -59,7 +59,8 @@ export function forkTree(sequences, from = 0) {
 export function parting(tree, branch, { copiedFrom, blockSize }) {
   const copy = copiedFrom.get(branch.blocks[0])
   if (copy) return { source: copy.source, slots: copy.fill < blockSize ? copy.fill : null }
-  if (branch === tree.children[0]) return null // the one that the others left
+  const leftIt = ({ blocks: [first] }) => copiedFrom.get(first)?.source === branch.blocks[0]
+  if (branch === tree.children[0] || tree.children.some(leftIt)) return null // the one that the others left
   const siblings = tree.sequences.filter((sequence) => !branch.sequences.includes(sequence))
   const known = new Map(tree.sequences.map((sequence) => [sequence.id, sequence]))
   const forks = branch.sequences.flatMap((one) => siblings.map((other) => forkedAfter(one, other, known)))

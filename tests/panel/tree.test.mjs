@@ -104,6 +104,7 @@ function partings(sequences, copies = []) {
 
 test('a copy that was seen says its source and how much both hold alike', () => {
   assert.deepEqual(partings(forked(6, [1, 2], [1, 3]), [[3, { source: 2, fill: 2 }]]), [null, { source: 2, slots: 2 }])
+  assert.deepEqual(partings(forked(6, [1, 3], [1, 2]), [[3, { source: 2, fill: 2 }]]), [{ source: 2, slots: 2 }, null])
 })
 
 test('whole blocks hide the slot, not that it was inside a block', () => {
