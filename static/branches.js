@@ -43,14 +43,15 @@ export class Branches {
     this._listen()
   }
 
+  /** `about` says something of the trunk. */
   update(session, about, dropped) {
     this.session = session
     const all = [...session.sequences.values()]
     const sequences = all.filter(({ table }) => table.length)
     const tree = sequences.length ? forkTree(sequences) : { from: 0, blocks: [], sequences: [], ends: [], children: [] }
     this._head(session, all, sequences, dropped.count(session.id))
-    setText(this.about, about)
-    this.about.hidden = !about
+    setText(this.about, about(tree.blocks))
+    this.about.hidden = !this.about.textContent
     this._trunk(tree)
     this._fading = new Map()
     for (const gone of dropped.fading(session.id)) {

@@ -58,7 +58,7 @@ export class Tables {
       forked.slice(0, TREES),
       (session) => session.id,
       () => new Branches(this.model, this.select).root,
-      (node, session) => node.view.update(session, also(this.model, session), this.dropped),
+      (node, session) => node.view.update(session, () => also(this.model, session), this.dropped),
     )
   }
 
@@ -171,8 +171,7 @@ class OwnBranches {
   }
 
   update(session, first, texts, dropped) {
-    const trunk = leaving(this.model, first.table)
-    this.branches.update(session, `${trunk} ${also(this.model, session)}`.trim(), dropped)
+    this.branches.update(session, (trunk) => `${leaving(this.model, trunk)} ${also(this.model, session)}`.trim(), dropped)
     const shown = session.sequences.has(this.branches.chosen) ? this.branches.chosen : first.id
     this.text.update(textOf(texts, shown), shown)
   }

@@ -1,5 +1,6 @@
 """The fork tree in the panel: replies of the engine, beams of tests/panel/feed.py, and two people with one question."""
 
+import contextlib
 import importlib.util
 import threading
 from collections import Counter
@@ -58,15 +59,22 @@ def same_on_both_sides(tree: Locator) -> bool:
     return drawn(tree) == expected(tables(tree.page, session))
 
 
-@pytest.fixture(scope="module")
-def feed() -> Iterator[str]:
-    """The address of a real pool in which the viewer's answers are beam searches, 30 steps a second."""
+@contextlib.contextmanager
+def pool(*options: str) -> Iterator[str]:
+    """The address of a real pool with visitors that are not: see tests/panel/feed.py."""
     spec = importlib.util.spec_from_file_location("feed", FEED)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    with served(module.create_app(module.parse(["--beams", "8", "--speed", "30"]))) as url:
+    with served(module.create_app(module.parse(options))) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def feed() -> Iterator[str]:
+    """Here the first visitor's answers are beam searches, 30 steps a second."""
+    with pool("--beams", "8", "--speed", "30") as url:
         yield url
 
 
@@ -173,6 +181,20 @@ def test_a_busy_tree_reuses_its_rows_and_keeps_its_pace(feed: str, visit: Callab
     )
     assert measured["rows"] < 60  # meanwhile about a hundred beams came and went
     assert measured["median"] < 40  # ms; 17 where nothing else runs on the machine
+
+
+def test_a_click_on_a_branch_shows_its_text(visit: Callable[..., Any]):
+    with pool("--replies", "3", "--speed", "60") as url:
+        page = visit(f"{url}/?me", ready=False).page
+        branch = page.locator("[data-testid=kv-fork-tree][data-sequences='3'] .kv-branch").last
+        branch.locator(".kv-chip").nth(2).wait_for()
+        text = page.locator(".kv-text")
+        before = text.inner_text()
+        branch.locator(".kv-branch-label").click()
+        name = (branch.locator(".kv-branch-label").inner_text()).split(" · ")[0]
+        expect(text).to_contain_text(f"{name};")
+        assert text.inner_text() != before
+        page.close()
 
 
 # -- two people, one question ------------------------------------------------------------------------------------------
