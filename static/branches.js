@@ -5,7 +5,7 @@ import { el, reconcile, setData, setText, term } from './dom.js'
 import { count, ids, plural } from './format.js'
 import { forkTree, leftFrom, parting } from './tree.js'
 
-const MOST_CHIPS = 8 // of one branch; the blocks between are a gap
+const TRUNK_CHIPS = 18, BRANCH_CHIPS = 8 // the first one and the last ones; a gap stands for those between
 const ROW = 30 // px, about: a tree that loses a branch does not pull up what is below it
 
 export class Branches {
@@ -20,7 +20,7 @@ export class Branches {
     this.about = el('p', { class: 'kv-leaves' })
     this.times = el('b')
     this.trunkSize = el('span', { class: 'kv-quiet' })
-    this.chips = new Chips(model)
+    this.chips = new Chips(model, TRUNK_CHIPS)
     this.list = el('ul', { class: 'kv-branches', role: 'group' })
     this.trunk = newItem('kv-fork-trunk', [
       el('div', { class: 'kv-row-head' }, [
@@ -98,7 +98,7 @@ export class Branches {
   }
 
   _newRow() {
-    const chips = new Chips(this.model, MOST_CHIPS)
+    const chips = new Chips(this.model, BRANCH_CHIPS)
     const parted = el('span', { class: 'kv-parted' }), label = el('span', { class: 'kv-branch-label' })
     const list = el('ul', { class: 'kv-branches', role: 'group' })
     const row = newItem('kv-branch', [el('div', { class: 'kv-run' }, [chips.root, label, parted])], 'li')

@@ -39,6 +39,7 @@ function updateChip(node, model, { block, logical, held, gap }) {
   if (gap) {
     delete node.dataset.block
     setText(id, `+${gap}`)
+    for (const label of [index, refs]) setText(label, '')
     return
   }
   const ref = model.ref[block], copy = model.copiedFrom.get(block)
