@@ -228,6 +228,15 @@ class Engine:
                 param = "messages" if name == "The prompt" else name
                 raise RequestError(f"{name} has token {unknown[0]}; the model knows 0 to {last}.", param=param)
 
+    def _require_places(self, request: Request) -> None:
+        """Refuse a beam search that could never run with all its beams."""
+        places = self.settings.max_sequences
+        if request.beams and request.beams.width > places:
+            raise RequestError(
+                f"beam_width is {request.beams.width}; this server runs at most {places} sequences at once.",
+                param="beam_width",
+            )
+
     def _too_long(self, tokens: str) -> RequestError:
         return RequestError(
             f"The messages have {tokens} tokens; with room for an answer at most {self.max_model_len - 1} are allowed.",
@@ -243,8 +252,8 @@ class Engine:
         """Submit a request. Its prompt is computed once, and stored once for all replies.
 
         Args:
-            listeners: one for each reply that is wanted; it gets every delta on the engine's thread, whether the
-                stream is read or not.
+            listeners: one for each reply that is wanted, so many as a beam search is to return; it gets every delta
+                on the engine's thread, whether the stream is read or not.
 
         Returns:
             The streams of the replies, in this order.
@@ -258,6 +267,7 @@ class Engine:
         self._require_known(request.prompt, request.params)
         self.require_room(len(request.prompt.tokens))
         self.core.scheduler.require_room(request.prompt)
+        self._require_places(request)
         if request.session is not None and not self.has_session(request.session):
             raise RequestError("The session is not known here; it may have been closed.", param="session")
         self._enter_queue(len(listeners))

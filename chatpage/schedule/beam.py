@@ -26,10 +26,15 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal, NamedTuple
 
+from chatpage.errors import RequestError
+from chatpage.schedule.params import MAX_REPLIES, require_number, require_whole, shortened
+
+MAX_WIDTH = MAX_REPLIES
+
 
 @dataclass(frozen=True, slots=True)
 class Beams:
-    """What a request wants of beam search.
+    """What a request wants of beam search. Wrong values are refused here, by name.
 
     Attributes:
         width: how many beams live at once. One beam alone is greedy.
@@ -46,6 +51,16 @@ class Beams:
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     returned: int = 1
+
+    def __post_init__(self) -> None:
+        require_whole("beam_width", self.width, 1, MAX_WIDTH)
+        require_number("length_penalty", self.length_penalty, -5, 5)
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise RequestError(
+                f"early_stopping is {shortened(self.early_stopping)}; it must be true, false or \"never\".",
+                param="early_stopping",
+            )
+        require_whole("The number of answers", self.returned, 1, self.width, param="n")
 
 
 class Beam(NamedTuple):

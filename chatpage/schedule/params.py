@@ -72,7 +72,7 @@ class SamplingParams:
         for pair in self.logit_bias:
             if not isinstance(pair, tuple) or len(pair) != 2:
                 raise RequestError(
-                    f"logit_bias holds {_short(pair)}; each entry must be a token and a bias.", param="logit_bias"
+                    f"logit_bias holds {shortened(pair)}; each entry must be a token and a bias.", param="logit_bias"
                 )
             token, bias = pair
             require_whole("A token of logit_bias", token, 0, 2**31 - 1, param="logit_bias")
@@ -95,7 +95,7 @@ class SamplingParams:
         for text in self.stop:
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LENGTH:
                 raise RequestError(
-                    f"stop holds {_short(text)}; each must be a string of 1 to {MAX_STOP_LENGTH} characters.",
+                    f"stop holds {shortened(text)}; each must be a string of 1 to {MAX_STOP_LENGTH} characters.",
                     param="stop",
                 )
         _require_tuple("stop_token_ids", self.stop_token_ids, MAX_TOKEN_IDS)
@@ -124,25 +124,26 @@ def require_number(name: str, value: object, low: float, high: float, *, param: 
     """Refuse what is no number from `low` to `high`. `param` is the field to blame, if `name` is not."""
     in_range = isinstance(value, int | float) and low <= value <= high  # NaN is in no range
     if isinstance(value, bool) or not in_range:
-        message = f"{name} is {_short(value)}; it must be a number from {low} to {high}."
+        message = f"{name} is {shortened(value)}; it must be a number from {low} to {high}."
         raise RequestError(message, param=param or name)
 
 
 def require_whole(name: str, value: object, low: int, high: int, *, param: str | None = None) -> None:
     """Refuse what is no whole number from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        message = f"{name} is {_short(value)}; it must be a whole number from {low} to {high}."
+        message = f"{name} is {shortened(value)}; it must be a whole number from {low} to {high}."
         raise RequestError(message, param=param or name)
 
 
 def _require_tuple(name: str, value: object, longest: int) -> None:
     if not isinstance(value, tuple):
-        raise RequestError(f"{name} is {_short(value)}; it must be a tuple.", param=name)
+        raise RequestError(f"{name} is {shortened(value)}; it must be a tuple.", param=name)
     if len(value) > longest:
         raise RequestError(f"{name} has {len(value)} entries; at most {longest} are allowed.", param=name)
 
 
-def _short(value: object) -> str:
+def shortened(value: object) -> str:
+    """A wrong value as an error may show it."""
     if isinstance(value, int) and value.bit_length() > 128:
         return "a number of more than 128 bits"
     text = repr(value)

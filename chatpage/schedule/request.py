@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Literal, NamedTuple
 
+from chatpage.errors import RequestError
 from chatpage.schedule.beam import Beam, Beams, Finished
 from chatpage.schedule.params import SamplingParams
 
@@ -29,8 +30,7 @@ class Request:
         params: how tokens are chosen.
         session: key of an open session, whose table rests when the turn ends; None releases everything at the end.
         owner: who asks, where there is no session: requests of one owner may share with each other. None is nobody.
-        beams: search for the likeliest answers instead of drawing one. Nothing may be drawn or looked for then: see
-            `require_searchable`.
+        beams: search for the likeliest answers instead of drawing one; `params` must not ask for draws then.
     """
 
     prompt: Prompt
@@ -38,6 +38,24 @@ class Request:
     session: str | None = None
     owner: str | None = None
     beams: Beams | None = None
+
+    def __post_init__(self) -> None:
+        if self.beams is not None:
+            _require_searchable(self.params)
+
+
+def _require_searchable(params: SamplingParams) -> None:
+    """Refuse what a beam search would have to ignore."""
+    for name, neutral in {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0}.items():
+        value = getattr(params, name)
+        if value != neutral:
+            raise RequestError(
+                f"{name} is {value}; with beam search, which draws nothing, it must be {neutral}.", param=name
+            )
+    if params.stop:
+        raise RequestError("stop is not allowed with beam search; stop_token_ids is.", param="stop")
+    if params.logprobs is not None:
+        raise RequestError("logprobs is not allowed with beam search.", param="logprobs")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from chatpage.errors import RequestError
+from chatpage.schedule.beam import Beams
 from chatpage.schedule.params import MAX_LOGPROBS, MAX_REPLIES, SamplingParams, require_whole
 
 log = logging.getLogger(__name__)
@@ -31,10 +32,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "reasoning_effort": (),
     "verbosity": (),
-    "use_beam_search": (False,),
-    "beam_width": (1,),
-    "length_penalty": (1,),
-    "early_stopping": (False,),
     "ignore_eos": (False,),
     "echo": (False,),
     "prompt_logprobs": (),
@@ -62,6 +59,9 @@ PLAIN = (
     "seed",
     "min_tokens",
 )
+# Fields that say how a beam search goes, with the values that ask for nothing where there is none.
+BEAMS: dict[str, Any] = {"beam_width": 1, "length_penalty": 1, "early_stopping": False}
+BEAM_WIDTH = 4  # where the client leaves the choice to us
 USED = {
     "messages",
     "n",
@@ -76,6 +76,8 @@ USED = {
     "stop_token_ids",
     "max_tokens",
     "max_completion_tokens",
+    "use_beam_search",
+    *BEAMS,
 }
 # OpenAI's fields that change nothing about the answer.
 HARMLESS = {
@@ -96,6 +98,7 @@ class ChatRequest:
     messages: list[dict[str, str]]
     params: SamplingParams
     replies: int
+    beams: Beams | None
     model: str | None
     stream: bool
     include_usage: bool
@@ -110,10 +113,12 @@ def parse(body: bytes) -> ChatRequest:
     fields = _json_object(body)
     _refuse_unsupported(fields)
     stream = _boolean(fields, "stream", "stream")
+    replies = _replies(fields.get("n"))
     return ChatRequest(
         messages=_messages(fields.get("messages")),
         params=_params(fields),
-        replies=_replies(fields.get("n")),
+        replies=replies,
+        beams=_beams(fields, replies),
         model=_model(fields),
         stream=stream,
         include_usage=_include_usage(fields.get("stream_options"), stream),
@@ -220,6 +225,8 @@ def _model(fields: dict[str, Any]) -> str | None:
 def _params(fields: dict[str, Any]) -> SamplingParams:
     """`SamplingParams` checks ranges; what OpenAI calls by other names is translated here."""
     given = {name: fields[name] for name in PLAIN if fields.get(name) is not None}
+    if _boolean(fields, "use_beam_search", "use_beam_search"):
+        given.setdefault("temperature", 0)  # nothing is drawn
     if given.get("top_k") == -1 and not isinstance(given["top_k"], bool):
         given["top_k"] = 0  # the other way to say: all of them
     params = SamplingParams(
@@ -238,6 +245,17 @@ def _replies(value: Any) -> int:
         return 1
     require_whole("n", value, 1, MAX_REPLIES)
     return value
+
+
+def _beams(fields: dict[str, Any], replies: int) -> Beams | None:
+    given = {name: fields[name] for name in BEAMS if fields.get(name) is not None}
+    if _boolean(fields, "use_beam_search", "use_beam_search"):
+        width = given.pop("beam_width", max(BEAM_WIDTH, replies))
+        return Beams(width, returned=replies, **given)
+    for name, value in given.items():
+        if not _same(value, BEAMS[name]):
+            raise RequestError(f"{name} is only allowed with use_beam_search: true.", param=name)
+    return None
 
 
 def _max_tokens(fields: dict[str, Any]) -> Any:

@@ -52,10 +52,10 @@ class Answer:
         index: int,
         delta: dict[str, str],
         logprobs: Sequence[Logprob] = (),
-        finish_reason: str | None = None,
+        last: Delta | None = None,
     ) -> bytes:
         named = self._logprobs(logprobs) if logprobs else None
-        choice = {"index": index, "delta": delta, "logprobs": named, "finish_reason": finish_reason}
+        choice = {"index": index, "delta": delta, "logprobs": named, **self._ending(last)}
         return self._chunk([choice], {"usage": None} if self.include_usage else {})
 
     def usage_chunk(self, replies: Sequence[Delta]) -> bytes:
@@ -69,7 +69,14 @@ class Answer:
     def _choice(self, index: int, total: Delta) -> dict[str, Any]:
         message = {"role": "assistant", "content": total.text, "refusal": None}
         logprobs = self._logprobs(total.logprobs)
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": total.finish_reason}
+        return {"index": index, "message": message, "logprobs": logprobs, **self._ending(total)}
+
+    @staticmethod
+    def _ending(last: Delta | None) -> dict[str, Any]:
+        """Why it ended, if it has; and the score of an answer that was searched for, which OpenAI has no field for."""
+        if last is None or last.score is None:
+            return {"finish_reason": last and last.finish_reason}
+        return {"finish_reason": last.finish_reason, "score": last.score}
 
     def _logprobs(self, logprobs: Sequence[Logprob]) -> dict[str, Any] | None:
         """One entry for each token that was drawn, those of the end included, which are not shown."""
@@ -234,7 +241,7 @@ class Api:
         """Start the request. Returns a stream for each reply, and what must be called at its end, whatever that is."""
         if session in self.busy:
             raise Refusal(409, "This session has a turn that is still running; wait for it.", code="session_busy")
-        request = Request(prompt, asked.params, session=session, owner=self.api_key)
+        request = Request(prompt, asked.params, session=session, owner=self.api_key, beams=asked.beams)
         streams = self.engine.streams(request, [None] * asked.replies)
         if session is not None:
             self.busy.add(session)
@@ -266,7 +273,7 @@ class Api:
                     logprobs[index] = []
                 if delta.state == "done":
                     self._raise_if_failed(delta)
-                    yield answer.chunk(index, {}, logprobs[index], delta.finish_reason)
+                    yield answer.chunk(index, {}, logprobs[index], delta)
                     lasts[index] = delta
             if answer.include_usage:
                 yield answer.usage_chunk([lasts[index] for index in range(len(streams))])

@@ -6,6 +6,7 @@ from itertools import pairwise, product
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -228,7 +229,8 @@ def test_wide_enough_it_finds_the_best_of_all(seed: int, wish: Beams):
     every = {tokens[: tokens.index(2) + 1] if 2 in tokens else tokens: 0.0 for tokens in product(range(3), repeat=3)}
     scores = [likelihood(model, tokens) / len(tokens) ** wish.length_penalty for tokens in every]
     possible = sorted((score for score in scores if score > IMPOSSIBLE), reverse=True)
-    wide = Beams(15, wish.length_penalty, wish.early_stopping, returned=15)
+    with patch("chatpage.schedule.beam.MAX_WIDTH", 15):
+        wide = Beams(15, wish.length_penalty, wish.early_stopping, returned=15)
     search = run(BeamSearch(wide, stop_token_ids={2}, max_tokens=3), model)
     assert [beam.score for beam in search.best] == pytest.approx(possible, rel=1e-5)
 

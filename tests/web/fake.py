@@ -1,5 +1,6 @@
 """An engine without a model, whose requests go on only when a test says so."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ from chatpage.engine import OpenSession
 from chatpage.events import EventLog, Snapshot
 from chatpage.schedule.request import Delta, Prompt, Request
 from chatpage.stream import Stream
+from tests.web.server import wait_until
 
 
 class FakeEngine:
@@ -67,6 +69,15 @@ class FakeEngine:
     def say(self, number: int, delta: Delta) -> None:
         self.made[number].put(delta)
         Stream.wake([self.made[number]])
+
+    def say_when_asked(self, number: int, delta: Delta) -> None:
+        """Say it from another thread, as soon as somebody asks for that stream."""
+
+        def wait_and_say() -> None:
+            wait_until(lambda: len(self.made) > number)
+            self.say(number, delta)
+
+        threading.Thread(target=wait_and_say).start()
 
     def subscribe(self, listener: Callable[..., None]) -> None:
         listener(self.snapshot, [])

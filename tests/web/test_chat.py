@@ -2,19 +2,23 @@
 
 import math
 import threading
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import openai
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from chatpage.errors import Busy, Unavailable
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Delta, Logprob, Request
 from tests.text.samples import byte_level
-from tests.web.conftest import SYSTEM_PROMPT, Served
+from tests.web.conftest import SYSTEM_PROMPT, Served, start
 from tests.web.fake import FakeEngine
-from tests.web.server import wait_until
+from tests.web.server import serve, wait_until
 
 HELLO = [{"role": "user", "content": "What is a block table?"}]
 CHAT = "/v1/chat/completions"
@@ -39,6 +43,44 @@ def test_a_stream_is_the_same_text_as_the_whole(served: Served):
     assert counted.usage.completion_tokens == whole.usage.completion_tokens == 16
     assert counted.usage.total_tokens == counted.usage.prompt_tokens + 16
     assert sum(chunk.choices[0].finish_reason is not None for chunk in chunks if chunk.choices) == 1
+
+
+def test_beam_search(served: Served, checkpoint: Path):
+    """The best answers are choices, the best first, with the scores of transformers; the stream says the same."""
+    beams = {"use_beam_search": True, "beam_width": 5, "length_penalty": 0.5, "early_stopping": True}
+    wishes: dict = {"n": 3, "max_tokens": 12, "extra_body": beams}
+    whole = ask(served, **wishes)
+    scores = [choice.score for choice in whole.choices]
+    assert scores == pytest.approx(generated_scores(served, checkpoint, 12), rel=1e-5)
+    texts = [choice.message.content for choice in whole.choices]
+    assert len(set(texts)) == 3
+    assert [choice.finish_reason for choice in whole.choices] == ["length"] * 3
+    assert whole.usage.completion_tokens == 36
+
+    *parts, counted = ask(served, stream=True, stream_options={"include_usage": True}, **wishes)
+    for index in range(3):
+        mine = [chunk.choices[0] for chunk in parts if chunk.choices[0].index == index]
+        assert "".join(choice.delta.content or "" for choice in mine) == texts[index]
+        assert (mine[-1].finish_reason, mine[-1].score) == ("length", scores[index])
+    assert counted.usage.completion_tokens == 36
+
+
+def generated_scores(served: Served, checkpoint: Path, tokens: int) -> list[float]:
+    module: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    prompt = torch.tensor([served.engine.prompt(HELLO).tokens])
+    wish: dict = {"num_beams": 5, "length_penalty": 0.5, "early_stopping": True, "num_return_sequences": 3}
+    told: dict = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": tokens}
+    out = module.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **wish, **told)
+    return out.sequences_scores.tolist()
+
+
+def test_a_beam_is_no_wider_than_the_server(checkpoint: Path):
+    engine, settings = start(checkpoint, max_sequences=2)
+    with serve(engine, settings) as url:
+        engine.wait_ready(60)
+        answer = httpx.post(url + CHAT, json={"messages": HELLO, "use_beam_search": True, "beam_width": 3})
+        assert answer.status_code == 400
+        assert "beam_width is 3; this server runs at most 2 sequences at once." in answer.text
 
 
 def test_several_replies(served: Served):
@@ -193,7 +235,7 @@ def test_an_impossible_token_is_told_with_a_finite_number(fake: tuple[str, FakeE
     engine.core = SimpleNamespace(tokenizer=byte_level())
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     told = Delta("done", "a", (1,), (Logprob(1, -math.inf, ((2, -math.inf),)),), finish_reason="stop")
-    threading.Timer(0.2, lambda: engine.say(0, told)).start()
+    engine.say_when_asked(0, told)
     answer = client.chat.completions.create(model="fake", messages=HELLO, logprobs=True)
     [entry] = answer.choices[0].logprobs.content
     assert (entry.token, entry.bytes, entry.logprob) == ("<|im_start|>", None, -9999.0)
@@ -280,7 +322,7 @@ def test_leaving_ends_all_replies(fake: tuple[str, FakeEngine]):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_reply_that_fails_ends_the_others(fake: tuple[str, FakeEngine], stream: bool):
     url, engine = fake
-    threading.Timer(0.2, lambda: engine.say(0, Delta("done", finish_reason="error", error="The step failed."))).start()
+    engine.say_when_asked(0, Delta("done", finish_reason="error", error="The step failed."))
     answer = httpx.post(url + CHAT, json={"messages": HELLO, "n": 3, "stream": stream})
     assert "The step failed." in answer.text
     wait_until(lambda: engine.cancelled >= {1, 2})
@@ -316,7 +358,7 @@ def test_an_error_in_a_stream_is_told_in_the_stream(fake: tuple[str, FakeEngine]
 
 def test_an_error_without_a_stream(fake: tuple[str, FakeEngine]):
     url, engine = fake
-    threading.Timer(0.2, lambda: engine.say(0, Delta("done", finish_reason="error", error="The step failed."))).start()
+    engine.say_when_asked(0, Delta("done", finish_reason="error", error="The step failed."))
     answer = httpx.post(url + CHAT, json={"messages": HELLO})
     assert (answer.status_code, answer.json()["error"]["message"]) == (500, "The step failed.")
 
@@ -348,5 +390,5 @@ def test_one_turn_at_a_time_in_a_session(fake: tuple[str, FakeEngine]):
         second = httpx.post(url + CHAT, json={"messages": HELLO}, headers=headers)
         assert (second.status_code, second.json()["error"]["code"]) == (409, "session_busy")
     wait_until(lambda: engine.cancelled == {0})
-    threading.Timer(0.2, lambda: engine.say(1, Delta("done", text="Hi", finish_reason="stop"))).start()
+    engine.say_when_asked(1, Delta("done", text="Hi", finish_reason="stop"))
     assert httpx.post(url + CHAT, json={"messages": HELLO}, headers=headers).status_code == 200
