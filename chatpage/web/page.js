@@ -1,11 +1,13 @@
-// The page's own buttons: at the messages ‹ 2/3 ›, where branches part, and "Fork here"; above them the tab's chats.
+// The page's own buttons: at the messages ‹ 2/3 ›, where branches part, and "Fork here"; at replies that stand side by
+// side "Use this one"; above them the tab's chats.
 //
 // Gradio's Chatbot takes no buttons of ours, so they are put at the end of the row of buttons that it draws below each
 // message. It draws and drops those rows as it likes; whenever something changes in there, what is missing is put back.
 //
 // This file is the body of a function that Gradio calls once (`js_on_load`), with `element`, `props`, `trigger` and
-// `watch`. `props.value` tells what is to be drawn: {busy, partings: [{message, number, count}], chats: [{number,
-// session}], shown}. A click tells the server what is wanted, and the server's next value shows what came of it.
+// `watch`. `props.value` tells what is to be drawn: {busy, partings: [{message, number, count}], replies: [how each is
+// doing], foremost, chats: [{number, session}], shown}. A click tells the server what is wanted, and the server's next
+// value shows what came of it.
 
 const FORK = `<svg viewBox="0 0 16 16" width="14" height="14" fill="none" stroke="currentColor" stroke-width="1.2"
   stroke-linecap="round" stroke-linejoin="round" aria-hidden="true"><circle cx="4" cy="3" r="1.5"/>
@@ -83,10 +85,72 @@ function barOf(message) {
   return bar
 }
 
-function drawBars({ busy, partings }) {
+function drawBars({ busy, partings, replies }) {
   const at = new Map(partings.map((parting) => [parting.message, parting]))
-  card.querySelectorAll('#chat .message-row').forEach((message, index) => {
-    updateBar(barOf(message), index, at.get(index), busy)
+  const messages = [...card.querySelectorAll('#chat .message-row')]
+  messages.forEach((message, index) => {
+    const bar = barOf(message)
+    updateBar(bar, index, at.get(index), busy)
+    bar.hidden = replies.length > 0 && index % 2 === 1 && index === messages.length - 1
+  })
+}
+
+// -- replies side by side: Gradio draws them as messages of one row, and CSS as columns ---------------------------------
+
+let chosenByKey = false
+
+function newReply(reply) {
+  const state = make('span', { class: 'state' })
+  const use = button('', 'Use this one', () => ({ do: 'choose', number: reply.number }))
+  use.addEventListener('click', (event) => (chosenByKey = event.detail === 0))
+  return make('div', { class: 'reply-head' }, [make('b', {}), state, use])
+}
+
+function updateReply(reply, head, { number, count, state, foremost }) {
+  reply.number = number
+  const [name, line, use] = head.children
+  setAttribute(reply, 'role', 'group')
+  setAttribute(reply, 'aria-label', `Reply ${number} of ${count}`)
+  setAttribute(head, 'aria-current', String(foremost))
+  setText(name, `Reply ${number}`)
+  setText(line, state)
+  for (const attribute of ['aria-label', 'title']) setAttribute(use, attribute, `Use this one: reply ${number}`)
+}
+
+/** Gradio uses its nodes again for other messages. */
+function clearAllBut(replies) {
+  for (const head of card.querySelectorAll('#chat .reply-head')) {
+    const reply = head.parentNode
+    if (replies.includes(reply)) continue
+    for (const name of ['role', 'aria-label']) reply.removeAttribute(name)
+    head.remove()
+  }
+  for (const hint of card.querySelectorAll('#chat .choice')) {
+    if (hint.parentNode !== replies[0]?.parentNode) hint.remove()
+  }
+}
+
+/** Whoever has chosen by key goes on writing. */
+function goOn() {
+  if (chosenByKey) card.querySelector('#message textarea')?.focus()
+  chosenByKey = false
+}
+
+function drawReplies({ replies: states, foremost }) {
+  const row = [...card.querySelectorAll('#chat .bot-row')].at(-1)
+  const last = row ? [...row.querySelectorAll('.message > .message')] : []
+  const replies = states.length === last.length ? last : []
+  clearAllBut(replies)
+  if (!replies.length) return goOn()
+  const box = replies[0].parentNode
+  const hint = box.querySelector(':scope > .choice') ?? make('p', { class: 'choice', role: 'status' })
+  if (hint.parentNode !== box) box.prepend(hint)
+  setText(hint, `Use one of the ${replies.length} replies. If you just write on, it is reply ${foremost}.`)
+  replies.forEach((reply, index) => {
+    const head = reply.querySelector(':scope > .reply-head') ?? newReply(reply)
+    if (head.parentNode !== reply) reply.prepend(head)
+    const number = index + 1
+    updateReply(reply, head, { number, count: replies.length, state: states[index], foremost: number === foremost })
   })
 }
 
@@ -131,6 +195,7 @@ let planned = 0
 function draw() {
   planned = 0
   drawChats(props.value)
+  drawReplies(props.value)
   drawBars(props.value)
 }
 

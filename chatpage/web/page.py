@@ -8,7 +8,8 @@ import asyncio
 import contextlib
 import html
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chatpage.conversation import Conversation
+from chatpage.conversation import Conversation, Exchange
 from chatpage.engine import Engine, Stream
 from chatpage.errors import ChatPageError, RequestError
-from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Delta
 from chatpage.settings import Settings
+from chatpage.web import page_replies
+from chatpage.web.page_settings import CUSTOM, PageSettings, presets
 from chatpage.web.page_text import Progress, drawn, plain
 from chatpage.web.page_theme import theme
 from chatpage.web.visitors import Chat, Tab, Visitors
@@ -30,10 +32,6 @@ from chatpage.web.visitors import Chat, Tab, Visitors
 UPDATE_INTERVAL = 0.04  # seconds between two updates of a streaming answer
 POLL_INTERVAL = 0.2  # seconds between two looks at an engine that loads
 RELOAD_SECONDS = 2.0  # in which a page that is loaded again has certainly been closed before
-CUSTOM = "Custom text"
-
-# Temperature, top-p, top-k, max tokens, seed.
-DEFAULTS = [0.7, 0.95, 0, "", ""]
 
 LATEX = [
     {"left": "$$", "right": "$$", "display": True},
@@ -46,6 +44,7 @@ SHARING = {
     "off": "nothing is shared between sessions",
 }
 BUTTONS_JS = Path(__file__).with_name("page.js").read_text()
+BEAMS_JS = Path(__file__).with_name("page_beams.js").read_text()
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; form-action 'self'"
 KEYS = "<kbd>Enter</kbd> sends · <kbd>Shift</kbd> <kbd>Enter</kbd> starts a line · <kbd>Esc</kbd> stops"
 
@@ -150,7 +149,7 @@ class Page:
         with gr.Row(elem_id="columns", equal_height=False):
             with gr.Column(elem_id="chat-column", min_width=320):
                 self._lay_out_chat()
-                self._lay_out_settings()
+                self.wishes = PageSettings()
             with gr.Column(elem_id="panel-column", min_width=320):
                 gr.HTML(html_template="<div class='kv-root'></div>", js_on_load=PANEL_JS, elem_id="panel")
         self.viewer = gr.JSON(visible="hidden")
@@ -180,6 +179,10 @@ class Page:
                 placeholder="### Ask something\nYour words take blocks of the pool that is drawn beside this chat.",
                 examples=[{"text": text} for text in examples(self.settings)],
             )
+            # Beams are text that a model wrote: it is no part of the template, which Gradio would run.
+            self.beams = gr.HTML(
+                {}, html_template="<div></div>", js_on_load=BEAMS_JS, apply_default_css=False, elem_id="beams"
+            )
             self.status = gr.HTML(_status_html(self.engine.detail), elem_id="status")
             self.message = gr.Textbox(
                 label="Message",
@@ -196,38 +199,14 @@ class Page:
             self.new = gr.Button("New chat", elem_id="new-chat", size="sm", scale=0, min_width=96)
             gr.HTML(KEYS, elem_id="keys")
 
-    def _lay_out_settings(self) -> None:
-        with gr.Accordion("Settings", open=False, elem_id="settings"):
-            self.preset = gr.Dropdown(label="System prompt", info="A change begins with the next new chat.")
-            self.prompt_text = gr.Textbox(
-                label="Text of the system prompt",
-                lines=3,
-                max_lines=8,
-                interactive=False,
-                placeholder="Empty: the server's default.",
-            )
-            with gr.Row():
-                self.temperature = gr.Slider(0, 2, step=0.05, label="Temperature", info="0 takes the likeliest token.")
-                self.top_p = gr.Slider(0.05, 1, step=0.05, label="Top-p", info="1 keeps all.")
-            with gr.Row():
-                self.top_k = gr.Slider(0, 200, step=1, label="Top-k", info="0 keeps all.")
-                self.max_tokens = gr.Textbox(label="Max tokens", info="Empty: the server's limit.", lines=1)
-                self.seed = gr.Textbox(label="Seed", info="Empty: a new draw each time.", lines=1)
-            self.reset = gr.Button("Reset", size="sm", elem_id="reset")
-        for component, value in zip(self._sampling(), DEFAULTS, strict=True):
-            component.value = value
-
-    def _sampling(self) -> list[Any]:
-        return [self.temperature, self.top_p, self.top_k, self.max_tokens, self.seed]
-
     # -- what happens ---------------------------------------------------------------------------------------------
 
     def _wire(self) -> None:
         hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         # What may be refused goes through the queue: without it a toast does not reach the browser.
         many: dict[str, Any] = {**hidden, "concurrency_limit": None, "trigger_mode": "multiple"}
-        wishes: set[Any] = {self.message, self.preset, self.prompt_text, *self._sampling()}
-        answer: list[Any] = [self.chat, self.buttons, self.message, self.status, self.viewer]
+        wishes: set[Any] = {self.message, *self.wishes.fields}
+        answer: list[Any] = [self.chat, self.buttons, self.beams, self.message, self.status, self.viewer]
 
         self.message.submit(self.send, wishes, answer, **many)
         self.chat.example_select(self.ask_example, wishes, answer, **many)
@@ -236,10 +215,11 @@ class Page:
         self.buttons.click(self.press, self.message, answer, **many)
         self.message.stop(self.stop, None, None, queue=False, **hidden)
         self.new.click(self.start_again, wishes, answer, **many)
-        self.preset.input(self.show_prompt, self.preset, self.prompt_text, queue=False, **hidden)
-        self.reset.click(lambda: DEFAULTS, None, self._sampling(), queue=False, **hidden)
+        preset, text = self.wishes.preset, self.wishes.prompt_text
+        preset.input(self.show_prompt, preset, text, queue=False, **hidden)
+        self.wishes.wire(**hidden)
         self.viewer.change(None, self.viewer, None, js=VIEWER_JS, **hidden)
-        arrival: list[Any] = [*answer, self.header, self.preset, self.prompt_text]
+        arrival: list[Any] = [*answer, self.header, preset, text]
         self.blocks.load(self.arrive, self.viewer, arrival, js=ARRIVAL_JS, **many)
         self.blocks.unload(self.leave)
 
@@ -260,8 +240,8 @@ class Page:
         yield {
             **self._shown(tab),
             self.header: _header_html(_facts(self.engine, self.settings)),
-            self.preset: gr.Dropdown(choices=_presets(self.engine), value=name),
-            self.prompt_text: gr.Textbox(value=text, interactive=name == CUSTOM),
+            self.wishes.preset: gr.Dropdown(choices=presets(self.engine), value=name),
+            self.wishes.prompt_text: gr.Textbox(value=text, interactive=name == CUSTOM),
         }
 
     async def _tab(self, key: str, secret: str | None) -> Tab:
@@ -290,7 +270,7 @@ class Page:
     async def send(self, values: dict[Any, Any], request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
         text = values[self.message]
         if text and text.strip():
-            async for update in self._answer(values, request, lambda talk, params: talk.say(text, params), sent=True):
+            async for update in self._answer(values, request, lambda talk: partial(talk.say, text), sent=True):
                 yield update
         else:
             yield {self.status: gr.skip()}
@@ -299,11 +279,11 @@ class Page:
         self, values: dict[Any, Any], event: gr.SelectData, request: gr.Request
     ) -> AsyncIterator[dict[Any, Any]]:
         text = event.value["text"]
-        async for update in self._answer(values, request, lambda talk, params: talk.say(text, params)):
+        async for update in self._answer(values, request, lambda talk: partial(talk.say, text)):
             yield update
 
     async def retry(self, values: dict[Any, Any], request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
-        async for update in self._answer(values, request, lambda talk, params: talk.regenerate(params)):
+        async for update in self._answer(values, request, lambda talk: talk.regenerate):
             yield update
 
     async def edit(
@@ -311,7 +291,7 @@ class Page:
     ) -> AsyncIterator[dict[Any, Any]]:
         index = event.index if isinstance(event.index, int) else event.index[0]
         text = plain(str(event.value))
-        async for update in self._answer(values, request, lambda talk, params: talk.edit(index, text, params)):
+        async for update in self._answer(values, request, lambda talk: partial(talk.edit, index, text)):
             yield update
 
     async def stop(self, request: gr.Request) -> None:
@@ -321,7 +301,7 @@ class Page:
     async def start_again(self, values: dict[Any, Any], request: gr.Request) -> dict[Any, Any]:
         """New chat, in place of the one that is shown, with the system prompt that is chosen now."""
         try:
-            return self._shown(self.visitors.open(_key(request), self._system_prompt(values)))
+            return self._shown(self.visitors.open(_key(request), self.wishes.system_prompt(values, self.engine)))
         except ChatPageError as error:
             _warn(str(error))
             return {self.status: gr.skip()}
@@ -344,6 +324,10 @@ class Page:
                 conversation = tab.shown.conversation
                 conversation.switch(message, number)
                 tab.shown.status = f"Branch {number} of {conversation.branches(message).count}"
+            case {"do": "choose", "number": int(number)}:
+                count = len(tab.shown.conversation.replies)
+                tab.shown.conversation.choose(number)
+                tab.shown.status = f"Reply {number} of {count} · the blocks of the others went back to the pool"
             case {"do": "fork", "message": int(message)}:
                 messages = tab.shown.conversation.messages
                 tab.fork(message)
@@ -368,33 +352,46 @@ class Page:
         self,
         values: dict[Any, Any],
         request: gr.Request,
-        begin: Callable[[Conversation, SamplingParams], Stream],
+        begin: Callable[[Conversation], Callable[..., Stream]],
         *,
         sent: bool = False,
     ) -> AsyncIterator[dict[Any, Any]]:
         """Begin a turn and show its answer as it grows. A refusal is said in a toast; what was typed stays."""
         key = _key(request)
         try:
-            tab = self._asked(key, self._system_prompt(values))
+            wish = self.wishes.wish(values)
+            tab = self._asked(key, self.wishes.system_prompt(values, self.engine))
             chat, conversation = tab.shown, tab.shown.conversation
             progress = Progress(first_turn=not conversation.messages)
-            stream = begin(conversation, self._params(values))
+            begin(conversation)(wish.params, replies=wish.replies, beams=wish.beams)
         except ChatPageError as error:
             _warn(str(error))
             yield self._truth(key)
             return
         yield {**self._shown(tab), self.message: _busy(clear=sent)}
-        history, text = drawn(_before_answer(conversation.messages)), ""
-        async with contextlib.aclosing(stream):
-            async for delta in _paced(stream):
-                text += delta.text
-                chat.status = progress.line(delta)
-                if delta.error:
-                    _warn(delta.error)
+        before = 2 * len(conversation.shown) - 1  # messages that stay as they are
+        history = drawn(conversation.messages[:before])
+        last: dict[int, Delta] = {}
+        async with contextlib.aclosing(_paced(conversation.turn)) as come:
+            async for deltas in come:
+                last |= deltas
+                chat.status = self._progress(conversation, progress, last)
+                for delta in deltas.values():
+                    if delta.error:
+                        _warn(delta.error)
                 if self._sees(key, chat):
-                    shown = history + drawn([{"role": "assistant", "content": text}]) if text else history
-                    yield {self.chat: shown, self.status: _status_html(chat.status)}
+                    answers = drawn(page_replies.messages(conversation)[before:])
+                    yield {self.chat: history + answers, **self._beside(tab)}
         yield self._truth(key)
+
+    @staticmethod
+    def _progress(conversation: Conversation, progress: Progress, last: dict[int, Delta]) -> str:
+        """How the turn is doing: all replies, or the one that was chosen of them."""
+        if len(last) == 1:
+            return progress.line(*last.values())
+        if conversation.replies:
+            return progress.line(page_replies.together(list(last.values())))
+        return progress.line(last[conversation.shown[-1].choice])
 
     def _asked(self, key: str, system_prompt: str | None) -> Tab:
         """This tab; with a new conversation where none has begun with another system prompt."""
@@ -419,50 +416,48 @@ class Page:
         """All that the page shows of a tab's chats."""
         conversation = tab.shown.conversation
         return {
-            self.chat: drawn(conversation.messages),
-            self.buttons: _buttons(tab),
+            self.chat: drawn(page_replies.messages(conversation)),
             self.message: _busy() if conversation.busy else _idle(),
-            self.status: _status_html(tab.shown.status),
             self.viewer: _viewer(tab),
+            **self._beside(tab),
         }
 
-    def _system_prompt(self, values: dict[Any, Any]) -> str | None:
-        """The chosen system prompt; None is the server's default."""
-        if values[self.preset] == CUSTOM:
-            return values[self.prompt_text] or None
-        return next((s.text for s in self.engine.systems[1:] if s.name == values[self.preset]), None)
-
-    def _params(self, values: dict[Any, Any]) -> SamplingParams:
-        temperature, top_p, top_k, max_tokens, seed = (values[component] for component in self._sampling())
-        return SamplingParams(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=int(top_k),
-            max_tokens=_whole("max_tokens", max_tokens),
-            seed=_whole("seed", seed),
-        )
+    def _beside(self, tab: Tab) -> dict[Any, Any]:
+        """What is drawn around the messages, and changes with each token."""
+        turn = tab.shown.conversation.turn
+        searched = len(turn) == 1 and turn[0].beams
+        return {
+            self.buttons: _buttons(tab),
+            self.beams: page_replies.search(turn[0], self.engine.core.tokenizer) if searched else {},
+            self.status: _status_html(tab.shown.status),
+        }
 
 
-async def _paced(stream: Stream) -> AsyncIterator[Delta]:
-    """The stream's deltas, not more often than the page is drawn: it merges those that nobody has read yet."""
-    async for delta in stream:
-        yield delta
-        if delta.state != "done":
-            await asyncio.sleep(UPDATE_INTERVAL)
-
-
-def _before_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
-
-
-def _whole(name: str, text: str | None) -> int | None:
-    """The number in a field that may be empty."""
-    if not text or not text.strip():
-        return None
+async def _paced(turn: list[Exchange]) -> AsyncGenerator[dict[int, Delta]]:
+    """What has come for each reply of a turn, not more often than the page is drawn. Whoever leaves early ends them."""
+    streams = {reply.choice: reply.stream for reply in turn if reply.stream}
+    awaited: dict[asyncio.Task[Delta], int] = {}
     try:
-        return int(text)
-    except ValueError:
-        raise RequestError(f"{name} is {text!r}; it must be a whole number.", param=name) from None
+        while streams:
+            wanted = streams.keys() - awaited.values()
+            awaited |= {asyncio.create_task(_next(streams[choice])): choice for choice in wanted}
+            come, _ = await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+            deltas = {awaited.pop(task): task.result() for task in come}
+            for choice, delta in deltas.items():
+                if delta.state == "done":
+                    del streams[choice]
+            yield dict(sorted(deltas.items()))
+            if streams:
+                await asyncio.sleep(UPDATE_INTERVAL)
+    finally:
+        for task in awaited:
+            task.cancel()
+        for stream in streams.values():
+            stream.cancel()
+
+
+async def _next(stream: Stream) -> Delta:
+    return await anext(stream)
 
 
 def _warn(message: str) -> None:
@@ -483,25 +478,20 @@ def _viewer(tab: Tab) -> dict[str, Any]:
 
 
 def _buttons(tab: Tab | None) -> dict[str, Any]:
-    """What `page.js` draws its buttons by. Numbers only: Gradio would run what looks like code in a text."""
+    """What `page.js` draws its buttons by."""
     if tab is None:
-        return {"busy": False, "partings": [], "chats": [], "shown": 0}
+        return {"busy": False, "partings": [], "replies": [], "foremost": 0, "chats": [], "shown": 0}
     conversation = tab.shown.conversation
     places = conversation.partings.items()
+    replies = page_replies.states(conversation)
     return {
         "busy": conversation.busy,
         "partings": [{"message": message, "number": at.number, "count": at.count} for message, at in places],
+        "replies": replies,
+        "foremost": conversation.shown[-1].choice + 1 if replies else 0,
         "chats": [{"number": chat.number, "session": chat.conversation.session.id} for chat in tab.chats],
         "shown": tab.shown.number,
     }
-
-
-def _presets(engine: Engine) -> list[tuple[str, str]]:
-    """Label and value of each system prompt that may be chosen."""
-    private = engine.sharing == "off"
-    shared = [(system.name if private else f"{system.name}, shared", system.name) for system in engine.systems]
-    own = CUSTOM if engine.sharing == "all" else f"{CUSTOM}, private to this chat"
-    return [*shared, (own, CUSTOM)]
 
 
 def _busy(*, clear: bool = False) -> Any:

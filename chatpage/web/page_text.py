@@ -101,9 +101,11 @@ class Progress:
             return "Waiting for free blocks"
         if delta.state == "prefill":
             return f"Prefill {delta.computed_tokens} of {delta.prompt_tokens} tokens"
+        if delta.beams:
+            return " · ".join(_search(delta))
         if delta.state == "decode":
-            return " · ".join(["Generating", *self._speed(delta), _tokens(delta.completion_tokens)])
-        return " · ".join([*_ending(delta), *self._summary(delta)])
+            return " · ".join(["Generating", *self._speed(delta), tokens(delta.completion_tokens)])
+        return " · ".join([*_ending(delta), *_score(delta), *self._summary(delta)])
 
     def _speed(self, delta: Delta) -> list[str]:
         seconds = time.monotonic() - self._began
@@ -117,7 +119,7 @@ class Progress:
         if not self._head:
             return [found]
         wait = f"first token {_duration(self._began - self._asked)}"
-        return [wait, *self._speed(delta), _tokens(delta.completion_tokens), found]
+        return [wait, *self._speed(delta), tokens(delta.completion_tokens), found]
 
 
 def _ending(delta: Delta) -> list[str]:
@@ -125,7 +127,21 @@ def _ending(delta: Delta) -> list[str]:
     return [words[delta.finish_reason]] if delta.finish_reason in words else []
 
 
-def _tokens(count: int) -> str:
+def _search(delta: Delta) -> list[str]:
+    live = "1 live beam" if len(delta.beams) == 1 else f"{len(delta.beams)} live beams"
+    return [f"Searching · {live}, {len(delta.finished)} finished", f"{tokens(len(delta.beams[0].tokens))} long"]
+
+
+def _score(delta: Delta) -> list[str]:
+    return [] if delta.score is None else [f"The best that was found, score {decimal(delta.score)}"]
+
+
+def decimal(number: float) -> str:
+    """Two decimals, with a minus as it is written."""
+    return f"{number:.2f}".replace("-", "\u2212")
+
+
+def tokens(count: int) -> str:
     return "1 token" if count == 1 else f"{count} tokens"
 
 

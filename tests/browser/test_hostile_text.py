@@ -1,5 +1,6 @@
 """What a model says is text: nothing in it runs, nothing in it makes the browser ask anybody for anything."""
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -9,11 +10,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from chatpage.settings import Settings
-from chatpage.web import visitors
 from chatpage.web.page import mount_page
 from chatpage.web.page_text import plain, shown
 from tests.browser.conftest import Visitor, served
-from tests.browser.fake import FakeConversation, FakeEngine
+from tests.browser.fake import FakeEngine
 
 OTHER = "http://attacker.example"
 HOSTILE = [
@@ -46,6 +46,7 @@ HOSTILE = [
     f"{OTHER}/26'><input autofocus> {OTHER}/26\\<input autofocus> www.attacker.example<input autofocus>",
     f"{OTHER}/27![x]({OTHER}/27.png) {OTHER}/27\\![x]({OTHER}/27.png) a@attacker.example![x]({OTHER}/27.png)",
 ]
+SOME = (0, 1, 5, 6, 13, 16, 21, 22, 26)  # to be drawn elsewhere than in the chat
 ACTIVE = "script, iframe, object, embed, img, image, video, audio, source, style, link, meta, form, input, details"
 ACTIVE_ATTRIBUTES = """
     answer => [...answer.querySelectorAll('*')].flatMap(element => [...element.attributes])
@@ -54,13 +55,15 @@ ACTIVE_ATTRIBUTES = """
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    engine = FakeEngine(reply=lambda number: HOSTILE[int(number)], delay=0.001)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(visitors, "Conversation", FakeConversation)
-        app = Starlette(routes=[Route("/panel/panel.js", _panel)])
-        with served(mount_page(app, engine, Settings(model=None))) as url:
-            yield url
+def engine() -> FakeEngine:
+    return FakeEngine(reply=lambda number: HOSTILE[int(number)], delay=0.001)
+
+
+@pytest.fixture(scope="module")
+def url(engine: FakeEngine) -> Iterator[str]:
+    app = Starlette(routes=[Route("/panel/panel.js", _panel)])
+    with served(mount_page(app, engine, Settings(model=None))) as url:
+        yield url
 
 
 async def _panel(request: Request) -> Response:
@@ -84,6 +87,40 @@ def test_an_answer_is_inert(number: int, talk: Visitor):
         assert link.get_attribute("href").startswith(("http://", "https://", "mailto:"))
     assert talk.page.evaluate("window.pwned") is None
     assert talk.complaints == []
+
+
+def test_replies_side_by_side_are_inert(visit, url):
+    visitor = visit(url)
+    visitor.page.get_by_role("button", name="Settings").click()
+    visitor.page.locator("#replies").get_by_text("2", exact=True).click()
+    for number in SOME:
+        visitor.ask(str(number))
+        replies = visitor.page.get_by_role("group", name=re.compile("^Reply"))
+        assert replies.count() == 2
+        assert replies.locator(ACTIVE).count() == 0
+        for reply in replies.all():
+            assert reply.evaluate(ACTIVE_ATTRIBUTES) == []
+    assert visitor.page.evaluate("window.pwned") is None
+
+
+def test_beams_are_inert(visit, url, engine, monkeypatch):
+    """What a model searches for is text too, down to what Gradio would take for a template."""
+    monkeypatch.setattr(engine, "delay", 0.05)
+    visitor = visit(url)
+    visitor.page.get_by_role("button", name="Settings").click()
+    visitor.page.get_by_text("Beam search", exact=True).click()
+    visitor.page.get_by_label("Beam width").wait_for()
+    beams = visitor.page.locator("#beams section")
+    beams.evaluate("""section => new MutationObserver(() => {
+        if (section.querySelector('li')) window.drawn = section.textContent
+    }).observe(section, {childList: true, subtree: true, characterData: true})""")
+    for number in SOME:
+        visitor.page.evaluate("window.drawn = ''")
+        visitor.ask(str(number))
+        drawn, words = visitor.page.evaluate("window.drawn"), HOSTILE[number].split()
+        assert all(word in drawn for word in words[: len(words) // 2]), "as it stands"
+        assert visitor.page.locator("#beams").locator(ACTIVE).count() == 0
+    assert visitor.page.evaluate("window.pwned") is None
 
 
 def test_nothing_is_fetched_from_elsewhere_whatever_is_drawn(context, url):

@@ -1,6 +1,8 @@
 """The page by itself, with an engine that pretends: what it shows, and that a refusal loses nothing."""
 
+import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from starlette.applications import Starlette
@@ -9,12 +11,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from chatpage.errors import Busy
+from chatpage.schedule.beam import Beams
+from chatpage.schedule.params import SamplingParams
 from chatpage.settings import Settings
 from chatpage.web import visitors
 from chatpage.web.page import mount_page
 from chatpage.web.visitors import Visitors
-from tests.browser.conftest import served, wait_until
-from tests.browser.fake import SYSTEM, FakeConversation, FakeEngine, System, echo
+from tests.browser.conftest import Visitor, served, wait_until
+from tests.browser.fake import SYSTEM, FakeEngine, System, echo
 
 PANEL = """
 export function mount(element) {
@@ -27,11 +31,9 @@ export function mount(element) {
 def site() -> Iterator[tuple[str, FakeEngine]]:
     """The page with a pretending engine; a test may change what the engine does."""
     engine = FakeEngine()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(visitors, "Conversation", FakeConversation)
-        app = Starlette(routes=[Route("/panel/panel.js", _panel)])
-        with served(mount_page(app, engine, Settings(model=None))) as url:
-            yield url, engine
+    app = Starlette(routes=[Route("/panel/panel.js", _panel)])
+    with served(mount_page(app, engine, Settings(model=None))) as url:
+        yield url, engine
 
 
 async def _panel(request: Request) -> Response:
@@ -117,9 +119,13 @@ def test_wrong_settings_are_refused_by_name(url, visit):
 
 def test_an_empty_message_is_ignored(url, engine, visit):
     visitor = visit(url)
-    # Gradio loses an event that is asked for just when it breaks off the stream of the one before, which has ended.
-    with visitor.page.expect_event("requestfailed", lambda request: "/queue/data" in request.url):
-        visitor.send("   ")
+    visitor.page.wait_for_timeout(500)
+    # Gradio loses an event that is asked for just when the stream of the one before ends, by itself or broken off.
+    ended: list[str] = []
+    for event in ("requestfailed", "requestfinished"):
+        visitor.page.on(event, lambda request: ended.append(request.url))
+    visitor.send("   ")
+    wait_until(lambda: visitor.page.wait_for_timeout(20) or any("/queue/data" in url for url in ended))
     visitor.ask("hello")
     assert visitor.page.get_by_test_id("user").count() == 1
 
@@ -179,26 +185,24 @@ def test_edit_and_retry(url, engine, visit):
     assert visitor.page.get_by_test_id("user").all_inner_texts() == ["one <b>bold</b> word more"]
 
 
-def test_a_tab_that_comes_back_goes_on_where_it_was():
+def test_a_tab_that_comes_back_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch):
     """A connection that was lost looks like a closed tab; a page that is loaded again comes with another key."""
     engine = FakeEngine()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(visitors, "Conversation", FakeConversation)
-        tabs = Visitors(engine)
-        tab = tabs.open("tab", None)
-        tabs.leave("tab")
-        assert not engine.sessions
-        assert tabs.peek("tab") is None
-        assert tabs.find("tab") is tab
-        assert len(engine.sessions) == 1
-        assert tabs.come_back("other", tab.secret) is None, "it is open"
-        tabs.leave("tab")
-        assert tabs.come_back("other", "a guess") is None
-        assert tabs.come_back("other", tab.secret) is tab
-        assert tabs.find("tab") is None
-        patch.setattr(visitors, "KEEP_TEXT", 0)
-        tabs.leave("other")
-        assert tabs.come_back("third", tab.secret) is None
+    tabs = Visitors(engine)
+    tab = tabs.open("tab", None)
+    tabs.leave("tab")
+    assert not engine.sessions
+    assert tabs.peek("tab") is None
+    assert tabs.find("tab") is tab
+    assert len(engine.sessions) == 1
+    assert tabs.come_back("other", tab.secret) is None, "it is open"
+    tabs.leave("tab")
+    assert tabs.come_back("other", "a guess") is None
+    assert tabs.come_back("other", tab.secret) is tab
+    assert tabs.find("tab") is None
+    monkeypatch.setattr(visitors, "KEEP_TEXT", 0)
+    tabs.leave("other")
+    assert tabs.come_back("third", tab.secret) is None
 
 
 def test_an_example_is_asked(url, visit):
@@ -213,11 +217,89 @@ def test_settings_reach_the_engine(url, engine, visit):
     visitor.page.get_by_label("Seed").fill("7")
     visitor.page.get_by_label("Max tokens").fill("40")
     visitor.ask("hello")
-    assert (engine.asked[-1].seed, engine.asked[-1].max_tokens) == (7, 40)
+    assert (engine.asked[-1].params.seed, engine.asked[-1].params.max_tokens) == (7, 40)
     visitor.page.get_by_role("button", name="Reset", exact=True).click()
     wait_until(lambda: visitor.page.get_by_label("Seed").input_value() == "")
     visitor.ask("hello")
-    assert (engine.asked[-1].seed, engine.asked[-1].max_tokens) == (None, None)
+    assert (engine.asked[-1].params.seed, engine.asked[-1].params.max_tokens) == (None, None)
+
+
+def settings(visitor: Visitor, mode: str = "Draw") -> Any:
+    """Open the settings, of which those of this mode are there."""
+    visitor.page.get_by_role("button", name="Settings").click()
+    visitor.page.get_by_role("radio", name=mode, exact=True).check()
+    visitor.page.get_by_label("Seed" if mode == "Draw" else "Beam width").wait_for()
+    return visitor.page
+
+
+def test_a_mode_has_its_settings_and_no_others(url, engine, visit):
+    visitor = visit(url)
+    page = settings(visitor, "Beam search")
+    for name in ("Temperature", "Top-p", "Top-k", "Seed", "Replies"):
+        assert page.get_by_label(name).count() == 0
+    page.get_by_label("Beam width").fill("3")
+    page.get_by_label("Length penalty").fill("-0.5")
+    page.get_by_label("Early stopping").click()
+    page.get_by_role("option", name="When no live one could become better").click()
+    visitor.ask("hello")
+    assert engine.asked[-1].beams == Beams(3, -0.5, "never")
+    assert engine.asked[-1].params == SamplingParams(temperature=0)
+    page.get_by_role("button", name="Reset", exact=True).click()
+    page.get_by_label("Seed").wait_for()
+    assert page.get_by_label("Beam width").count() == 0
+    visitor.ask("hello")
+    assert engine.asked[-1].beams is None
+    assert engine.asked[-1].params.temperature == 0.7
+    page.get_by_role("radio", name="Beam search", exact=True).check()
+    page.get_by_label("Beam width").wait_for()
+    visitor.ask("hello")
+    assert engine.asked[-1].beams == Beams(4, 1.0, False)
+
+
+@pytest.mark.parametrize(
+    ("label", "value", "refusal"),
+    [
+        ("Beam width", "9", "Beam width is 9; it must be a whole number from 2 to 8."),
+        ("Beam width", "1", "Beam width is 1; it must be a whole number from 2 to 8."),
+        ("Beam width", "2.5", "Beam width is 2.5; it must be a whole number from 2 to 8."),
+        ("Beam width", "", "Beam width is ''; it must be a whole number from 2 to 8."),
+        ("Length penalty", "-5.1", "Length penalty is -5.1; it must be a number from -5 to 5."),
+        ("Max tokens", "many", "max_tokens is 'many'; it must be a whole number."),
+    ],
+)
+def test_wrong_settings_of_a_search_are_refused_by_name(label, value, refusal, url, visit):
+    visitor = visit(url)
+    page = settings(visitor, "Beam search")
+    page.get_by_label(label).fill(value)
+    visitor.send("a long thought")
+    page.get_by_text(refusal).wait_for()
+    assert page.locator("#message textarea").input_value() == "a long thought"
+    assert page.get_by_test_id("user").count() == 0
+
+
+def test_several_replies_must_be_able_to_differ(url, visit):
+    visitor = visit(url)
+    page = settings(visitor)
+    page.get_by_role("radio", name="3", exact=True).check()
+    page.get_by_role("spinbutton", name="Temperature").fill("0")
+    visitor.send("a long thought")
+    page.get_by_text("Replies is 3, and Temperature is 0: all of them would be the same.").wait_for()
+    assert page.locator("#message textarea").input_value() == "a long thought"
+
+
+def test_replies_reach_the_engine_and_one_is_kept(url, engine, visit):
+    visitor = visit(url)
+    page = settings(visitor)
+    page.get_by_role("radio", name="3", exact=True).check()
+    visitor.ask("hello")
+    assert page.get_by_role("group", name=re.compile("^Reply . of 3$")).count() == 3
+    page.get_by_role("button", name="Use this one: reply 2").click()
+    page.get_by_role("group", name="Branches at answer 1: 2 of 3").wait_for()
+    assert engine.kept[-1] == 1
+    page.get_by_role("button", name="Reset", exact=True).click()
+    wait_until(page.get_by_role("radio", name="1", exact=True).is_checked)
+    visitor.ask("hello")
+    assert page.get_by_role("group", name=re.compile("^Reply")).count() == 0
 
 
 def test_a_toast_says_what_was_typed_as_text(url, visit):
