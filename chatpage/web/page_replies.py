@@ -77,4 +77,8 @@ def _row(score: float, text: str, above: list[str]) -> dict[str, str]:
 
 
 def _end(text: str, most: int) -> str:
-    return text if len(text) <= most else f"… {text[-most:]}"
+    """All of a short text, or the last words of a long one."""
+    if len(text) <= most:
+        return text
+    end = text[-most:]
+    return f"… {end[end.find(' ') + 1 :]}"

@@ -75,7 +75,7 @@ class PageSettings:
 
     def _lay_out_drawing(self) -> None:
         self.replies = gr.Radio(
-            list(range(1, MAX_REPLIES + 1)),
+            [("1 reply" if count == 1 else f"{count} replies", count) for count in range(1, MAX_REPLIES + 1)],
             label="Replies",
             info="Several are written side by side, and you choose one.",
             elem_id="replies",

@@ -92,7 +92,7 @@ def test_an_answer_is_inert(number: int, talk: Visitor):
 def test_replies_side_by_side_are_inert(visit, url):
     visitor = visit(url)
     visitor.page.get_by_role("button", name="Settings").click()
-    visitor.page.locator("#replies").get_by_text("2", exact=True).click()
+    visitor.page.get_by_role("radio", name="2 replies").check()
     for number in SOME:
         visitor.ask(str(number))
         replies = visitor.page.get_by_role("group", name=re.compile("^Reply"))

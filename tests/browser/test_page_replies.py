@@ -33,8 +33,9 @@ def test_what_beams_share_is_drawn_once():
 def test_of_a_long_beam_the_end_is_drawn():
     head = "word " * 100
     live = searching([f"{head}one", f"{head}two"], [])["live"]
-    assert live[0]["text"] == "… " + f"{head}one"[-200:]
-    assert (live[1]["shared"], live[1]["text"]) == ("… " + head[-24:], "two")
+    assert live[0]["text"] == "… " + "word " * 39 + "one"
+    assert (live[1]["shared"], live[1]["text"]) == ("… " + "word " * 4, "two")
+    assert searching(["a" * 300], [])["live"][0]["text"] == "… " + "a" * 200
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def settings(visitor: Visitor) -> None:
 def want(visitor: Visitor, replies: int, seed: int = 3) -> None:
     """Make the next turns have so many replies, which differ."""
     settings(visitor)
-    visitor.page.locator("#replies").get_by_text(str(replies), exact=True).click()
+    visitor.page.get_by_role("radio", name="1 reply" if replies == 1 else f"{replies} replies").check()
     visitor.page.get_by_role("spinbutton", name="Temperature").fill("2")
     visitor.page.get_by_label("Seed").fill(str(seed))
 

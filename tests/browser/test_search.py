@@ -91,7 +91,7 @@ def test_the_answer_is_gone_on_from_and_is_a_branch(site: Site, arrive):
     new = {name: after[name] - before[name] for name in ("prompt_tokens", "cached_tokens")}
     assert new["prompt_tokens"] - new["cached_tokens"] < 20, "only the new turn is computed"
     visitor.page.get_by_role("radio", name="Draw").check()
-    visitor.page.get_by_role("radio", name="2", exact=True).check()
+    visitor.page.get_by_role("radio", name="2 replies").check()
     visitor.answered(visitor.page.get_by_role("button", name="Retry").click)
     visitor.page.get_by_role("button", name="Use this one: reply 2").click()
     visitor.page.get_by_role("group", name="Branches at answer 2: 3 of 3").wait_for()

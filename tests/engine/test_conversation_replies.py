@@ -184,6 +184,17 @@ def test_replies_again_and_in_another_branch(conversation: Conversation) -> None
     assert len(conversation.replies) == 2
 
 
+def test_whoever_does_not_like_any_asks_again(conversation: Conversation) -> None:
+    first = ask(conversation, replies=3)
+    conversation.regenerate(hot(seed=4), replies=2)
+    finish(conversation)
+    assert len(conversation.replies) == 2
+    assert conversation.partings == {1: (4, 5)}
+    conversation.choose(2)
+    conversation.switch(1, 3)
+    assert conversation.shown == [first[2]]
+
+
 def test_a_choice_outlives_its_session(conversation: Conversation) -> None:
     turn = ask(conversation, replies=3)
     conversation.close()
