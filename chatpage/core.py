@@ -287,9 +287,11 @@ class Core:
         self.scheduler.wake(session, "the session was closed")
 
     def keep(self, session: Session, choice: int) -> None:
-        """End and release all replies of a session's turn but one."""
-        for turn in self._turns_of(session):
-            if turn.sequences[0].choice != choice:
+        """End and release all replies of a session's turn but one; nothing of the next turn, if that is there already."""
+        of_turns = {turn: turn.sequences[0].turn for turn in self._turns_of(session)}
+        chosen = min((*of_turns.values(), *(sequence.turn for sequence in session.resting)), default=0)
+        for turn, number in of_turns.items():
+            if number == chosen and turn.sequences[0].choice != choice:
                 self._finish(turn, "abort")
         self.scheduler.keep(session, choice)
 

@@ -69,7 +69,7 @@ class BlockTable:
         Returns:
             `(source, target)` where the last block had to be copied. All copies of a step are made before anything is
             written in it, each source read before any target is written: that is right as long as no table is
-            forked, truncated or released between its `append` and the step.
+            truncated or released between its `append` and the step, or forked beyond what was written before.
 
         Raises:
             PoolFull: there is no room; nothing was changed.
@@ -172,23 +172,30 @@ class BlockTable:
             computed: tokens whose keys and values are in the pool, at most `length`.
         """
         size = self.pool.block_size
-        while (self._published + 1) * size <= computed and self._may_publish():
+        while (self._published + 1) * size <= computed and self._may_publish(size):
             self._node = self._publish_block(self._published, tokens, size)
             self._published += 1
         rest = computed - self._published * size
-        if tail and 0 < rest < size and self._may_publish() and self.pool.node[self.blocks[self._published]] is None:
+        if tail and 0 < rest < size and self._may_publish(rest):
             self._publish_block(self._published, tokens, rest)
 
-    def _may_publish(self) -> bool:
-        """Whether the next block may have a name in the tree: not below a node that has left it, and not a second name.
+    def _may_publish(self, count: int) -> bool:
+        """Whether the next block may be found by `count` tokens: not below a node that has left the tree.
 
-        A fork that ended earlier may have published the block that both share as its tail; that name stays.
+        A fork that ended earlier may have published the block that both share, with fewer tokens. That name makes way,
+        unless it is the system prompt's.
         """
-        node = self.pool.node[self.blocks[self._published]]
-        return self.is_findable and (node is None or len(node.tokens) == self.pool.block_size)
+        block = self.blocks[self._published]
+        node = self.pool.node[block]
+        makes_way = node is None or (len(node.tokens) < count and block not in self.pool.pinned)
+        is_full = node is not None and len(node.tokens) == self.pool.block_size == count
+        return self.is_findable and (makes_way or is_full)
 
     def _publish_block(self, logical: int, tokens: Sequence[int], count: int) -> Node:
         start = logical * self.pool.block_size
         chunk = tuple(tokens[start : start + count])
         domain = SYSTEM if start + count <= self.system_tokens else self.domain
+        node = self.pool.node[self.blocks[logical]]
+        if node is not None and len(node.tokens) < count:
+            self.pool.unpublish(self.blocks[logical], "it holds more by now")
         return self.pool.publish(self._node, domain, chunk, self.blocks[logical], self.sequence)

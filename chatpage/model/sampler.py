@@ -256,7 +256,8 @@ def _keep(probabilities: Tensor, top_k: list[int], top_p: list[float]) -> Tensor
     shares = _there(top_p, probabilities, torch.float32)[:, None]
     kept = ordered.masked_fill(torch.arange(vocabulary, device=device) >= counts[:, None], 0.0)
     before = kept.cumsum(dim=-1) - kept
-    kept = kept.masked_fill(before >= shares * kept.sum(dim=-1, keepdim=True), 0.0)
+    reached = (before >= shares * kept.sum(dim=-1, keepdim=True)) & (before > 0)  # the product may round to 0
+    kept = kept.masked_fill(reached, 0.0)
     return torch.zeros_like(probabilities).scatter_(1, tokens, kept)
 
 

@@ -297,7 +297,7 @@ class Scheduler:
                 self._wake(sequence, reason)
 
     def keep(self, session: Session, choice: int) -> None:
-        """Release the resting tables of all replies but one."""
+        """Release the resting tables of all replies but one. What rests of a session is of one turn."""
         for sequence in session.resting[:]:
             if sequence.choice != choice:
                 self._wake(sequence, "another reply was chosen")

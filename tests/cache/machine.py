@@ -240,10 +240,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.expect_found(sequence, length if tail else length - length % self.pool.block_size)
 
     def expect_found(self, sequence: LiveSequence, count: int) -> None:
-        """What was published can be found, unless an eviction cut the sequence off or a block is another's tail."""
+        """What was published can be found, unless an eviction cut it off or a block is the system prompt's tail."""
         table, size = sequence.table, self.pool.block_size
-        lengths = [len(self.published.content.get(block, [])) for block in table.blocks]
-        is_tail = any(0 < held < min(size, count - i * size) for i, held in enumerate(lengths))
+        pinned = [len(self.published.content[b]) if b in self.pool.pinned else size for b in table.blocks]
+        is_tail = any(held < min(size, count - i * size) for i, held in enumerate(pinned))
         if table._node.block and not is_tail:
             most, _ = longest(self.pool, sequence.tokens, table.domain, table.system_tokens)
             assert most >= count, f"only {most} of {count} published tokens can be found"

@@ -34,6 +34,7 @@ def test_walks() -> None:
 # -- faults: each is one line of the cache, wrong ----------------------------------------------------------------------
 
 fork, publish = BlockTable.fork, BlockTable.publish
+may_publish, publish_block = BlockTable._may_publish, BlockTable._publish_block
 allocate, share, evict, settle = BlockPool.allocate, BlockPool.share, BlockPool._evict, BlockPool._settle
 find, insert, remove = PrefixTree.find, PrefixTree.insert, PrefixTree.remove
 
@@ -124,13 +125,27 @@ def changes_something_before_it_refuses(
     return [block for logical in logicals for block in allocate(pool, sequence, [logical], reason)]
 
 
-def publishes_below_a_block_that_has_gone(table: BlockTable) -> bool:
+def publishes_below_a_block_that_has_gone(table: BlockTable, count: int) -> bool:
+    node = table._node
+    table._node = table.pool.tree.root
+    try:
+        return may_publish(table, count)
+    finally:
+        table._node = node
+
+
+def keeps_the_name_that_a_fork_gave(table: BlockTable, count: int) -> bool:
     node = table.pool.node[table.blocks[table._published]]
-    return node is None or len(node.tokens) == table.pool.block_size
+    return may_publish(table, count) and (node is None or len(node.tokens) == table.pool.block_size)
 
 
-def gives_a_block_two_names(table: BlockTable) -> bool:
-    return table._node.block != 0
+def gives_a_block_two_names(table: BlockTable, logical: int, tokens: Sequence[int], count: int) -> Node:
+    block = table.blocks[logical]
+    known, table.pool.node[block] = table.pool.node[block], None
+    try:
+        return publish_block(table, logical, tokens, count)
+    finally:
+        table.pool.node[block] = known or table.pool.node[block]
 
 
 def forks_to_a_node_that_the_child_does_not_have(
@@ -166,7 +181,8 @@ def forgets_to_say_that_a_block_is_unpublished(pool: BlockPool, block: int, reas
 FAULTS = [
     (BlockTable, "release", releases_twice),
     (BlockTable, "_may_publish", publishes_below_a_block_that_has_gone),
-    (BlockTable, "_may_publish", gives_a_block_two_names),
+    (BlockTable, "_may_publish", keeps_the_name_that_a_fork_gave),
+    (BlockTable, "_publish_block", gives_a_block_two_names),
     (BlockTable, "publish", publishes_the_tail_of_a_turn_that_goes_on),
     (BlockTable, "fork", forks_to_a_node_that_the_child_does_not_have),
     (BlockTable, "_climb", stays_at_the_node_of_a_block_that_it_gave_back),

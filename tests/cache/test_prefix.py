@@ -194,7 +194,7 @@ def test_two_branches_are_found_apart() -> None:
     assert sum(length for _, length in cache.pool.tree.find([*range(8), 88, 99], "a")) == 8
 
 
-def test_a_block_has_one_name_although_a_fork_published_less_of_it() -> None:
+def test_the_name_that_a_fork_gave_a_block_makes_way_for_a_longer_one() -> None:
     cache = Cache(10, 4)
     table = cache.table()
     table.append(4)
@@ -203,9 +203,23 @@ def test_a_block_has_one_name_although_a_fork_published_less_of_it() -> None:
     fork.publish([0, 1], 2, tail=True)
     table.publish(range(4), 4)
     cache.check()
-    assert cache.kinds("publish") == 1
+    assert (cache.kinds("publish"), cache.kinds("unpublish")) == (2, 1)
     table.release()
     fork.release()
+    cache.check()
+    assert cache.table().find(range(4)) == 4
+
+
+def test_the_name_of_the_system_prompt_makes_way_for_no_other() -> None:
+    cache = Cache(10, 4)
+    table = cache.table(system_tokens=2)
+    table.append(3)
+    fork = table.fork(2, 2, session=1)
+    cache.tables.append(fork)
+    fork.publish([0, 1], 2, tail=True)
+    cache.pool.pin(table.blocks[0], logical=0, at=2, name="default")
+    table.publish(range(3), 3, tail=True)
+    assert cache.table(system_tokens=2).find(range(3)) == 2
     cache.check()
 
 

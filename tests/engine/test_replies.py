@@ -179,6 +179,19 @@ def test_keeping_one_stops_the_others(folder: Path) -> None:
     assert [sequence.choice for sequence in session.resting] == [2]
 
 
+def test_a_choice_that_comes_late_ends_nothing_of_the_next_turn(folder: Path) -> None:
+    desk = Desk(folder)
+    session = Session(1, "mine")
+    ask(desk, words(4, 6), 3, session=session)
+    while desk.core.has_work:
+        desk.core.step()
+    _, [stream] = ask(desk, words(5, 6), 1, session=session)
+    desk.core.keep(session, 2)
+    while desk.core.has_work:
+        desk.core.step()
+    assert read(stream).reason == "length"
+
+
 def test_a_failed_reply_ends_no_other(folder: Path) -> None:
     desk = Desk(folder)
     _, streams = ask(desk, words(4, 6), 3)

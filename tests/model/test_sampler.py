@@ -87,6 +87,7 @@ def test_top_p_is_taken_of_what_top_k_leaves():
         SamplingParams(temperature=1e-9),
         SamplingParams(top_k=1),
         SamplingParams(top_p=1e-9),
+        SamplingParams(top_p=1e-60),
         SamplingParams(temperature=2, top_k=1, top_p=0.5),
     ],
 )

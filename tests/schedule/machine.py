@@ -319,18 +319,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def stop(self, sequence: Sequence) -> None:
         """What it computed can be found by others, all of it."""
-        computed, may_be_found = sequence.computed, sequence.table.is_findable and not self.has_short_name(sequence)
+        computed, may_be_found = sequence.computed, sequence.table.is_findable
         self.scheduler.end(sequence, "abort")
         found = sum(length for _, length in sequence.table.matches(sequence.tokens[:computed]))
         assert found == computed or not may_be_found, f"of {computed} tokens only {found} can be found"
         self.check_rest(sequence, computed)
         self.end_again(sequence)
-
-    def has_short_name(self, sequence: Sequence) -> bool:
-        """Whether a fork that ended earlier has published, of a block that both held, only what it had there."""
-        blocks, size = sequence.table.blocks, self.pool.block_size
-        held = {block: min(size, sequence.computed - logical * size) for logical, block in enumerate(blocks)}
-        return any(self.names.get(block, count) < count for block, count in held.items())
 
     def check_rest(self, sequence: Sequence, computed: int) -> None:
         """A session's table rests after its turn, if there is anything in it."""
@@ -385,10 +379,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(visitor=WHO, choice=st.integers(0, 4))
     def keep(self, visitor: int, choice: int) -> None:
-        """One reply is chosen. The others end, and what rests of them is released."""
+        """One reply of the oldest turn is chosen. The others end, and what rests of them is released."""
         session = self.one_who_rests(visitor)
-        for sequence in self.live():
-            if sequence.session is session and self.choice[sequence.id] != choice:
+        live = [sequence for sequence in self.live() if sequence.session is session]
+        turn = min((sequence.turn for sequence in (*live, *session.resting)), default=0)
+        for sequence in live:
+            if sequence.turn == turn and self.choice[sequence.id] != choice:
                 self.scheduler.end(sequence, "abort")
         rested = session.resting[:]
         self.scheduler.keep(session, choice)
@@ -622,6 +618,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for session in self.visitors:
             assert session.active == live[session]
             assert bool(session.resting) == (session in scheduler.resting)
+            assert len({sequence.turn for sequence in session.resting}) <= 1, "what rests is of several turns"
             running = {sequence.turn for sequence in scheduler.running if sequence.session is session}
             rested = {sequence.turn for sequence in session.resting}
             assert rested <= running or not running, "the last turn's table rests although the next one runs"
