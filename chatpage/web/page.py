@@ -31,6 +31,7 @@ from chatpage.web.visitors import Chat, Tab, Visitors
 
 UPDATE_INTERVAL = 0.04  # seconds between two updates of a streaming answer
 POLL_INTERVAL = 0.2  # seconds between two looks at an engine that loads
+CHOICE_SECONDS = 2.0  # in which the engine has certainly ended the replies that were not chosen
 RELOAD_SECONDS = 2.0  # in which a page that is loaded again has certainly been closed before
 
 LATEX = [
@@ -312,12 +313,12 @@ class Page:
         if tab is None:
             return {self.status: gr.skip()}
         try:
-            return self._do(tab, event._data, typed)
+            return await self._do(tab, event._data, typed)
         except ChatPageError as error:
             _warn(str(error))
             return {self.status: gr.skip()}
 
-    def _do(self, tab: Tab, wish: Any, typed: str) -> dict[Any, Any]:
+    async def _do(self, tab: Tab, wish: Any, typed: str) -> dict[Any, Any]:
         """What a button asks for; the browser may send anything."""
         match wish:
             case {"do": "switch", "message": int(message), "number": int(number)}:
@@ -325,9 +326,7 @@ class Page:
                 conversation.switch(message, number)
                 tab.shown.status = f"Branch {number} of {conversation.branches(message).count}"
             case {"do": "choose", "number": int(number)}:
-                count = len(tab.shown.conversation.replies)
-                tab.shown.conversation.choose(number)
-                tab.shown.status = f"Reply {number} of {count} · the blocks of the others went back to the pool"
+                await self._choose(tab.shown, number)
             case {"do": "fork", "message": int(message)}:
                 messages = tab.shown.conversation.messages
                 tab.fork(message)
@@ -340,6 +339,17 @@ class Page:
             case _:
                 raise RequestError("This button is not known here; load the page again.")
         return self._shown(tab)
+
+    @staticmethod
+    async def _choose(chat: Chat, number: int) -> None:
+        """Go on from a reply. The others have ended when this returns, so that nothing waits for them in vain."""
+        replies = chat.conversation.replies
+        chat.conversation.choose(number)
+        others = replies[: number - 1] + replies[number:]
+        until = time.monotonic() + CHOICE_SECONDS
+        while not all(reply.done for reply in others) and time.monotonic() < until:
+            await asyncio.sleep(UPDATE_INTERVAL)
+        chat.status = f"Reply {number} of {len(replies)} · the blocks of the others went back to the pool"
 
     async def show_prompt(self, name: str) -> Any:
         """The text of the chosen system prompt. One's own begins as the one that was shown before."""

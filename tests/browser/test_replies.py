@@ -169,6 +169,24 @@ def test_a_reply_that_ends_early_leaves_the_others(site: Site, arrive, slow):
     assert [state.split(" · ")[0] == "Stopped" for state in states(visitor)] == [True, False, False]
 
 
+def test_one_that_has_ended_is_chosen_while_the_others_are_written(site: Site, arrive, slow):
+    visitor = arrive()
+    want(visitor, 3)
+    visitor.send(QUESTION)
+    wait_until(lambda: len(texts(visitor)) == 3 and all(texts(visitor)))
+    session = visitor.page.evaluate("window.chatpageViewer.session")
+    site.engine._ask(lambda: cancel_first(site, session))
+    wait_until(lambda: states(visitor)[0].startswith("Stopped"))
+    first = texts(visitor)[0]
+    use(visitor, 1)
+    wait_until(lambda: site.engine.stats()["running"] == 0, seconds=0.5)
+    visitor.wait_idle()
+    assert visitor.answer() == first
+    assert len(tables(site, visitor)) == 1
+    visitor.ask(OTHER)
+    assert visitor.page.get_by_test_id("bot").first.inner_text() == first
+
+
 def cancel_first(site: Site, session: int) -> None:
     """As if the first reply of this session had been ended by the engine."""
     core = site.engine.core
