@@ -287,7 +287,7 @@ class Core:
         self.scheduler.wake(session, "the session was closed")
 
     def keep(self, session: Session, choice: int) -> None:
-        """End and release all replies of a session's turn but one. The next turn, if it is there already, stays as it is."""
+        """End and release all replies of a session's turn but one. A next turn that is there already stays as it is."""
         of_turns = {turn: turn.sequences[0].turn for turn in self._turns_of(session)}
         chosen = min((*of_turns.values(), *(sequence.turn for sequence in session.resting)), default=0)
         for turn, number in of_turns.items():
