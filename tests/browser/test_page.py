@@ -363,3 +363,22 @@ def test_nothing_is_wider_than_the_window(width, url, engine, visit):
     columns = visitor.page.locator("#columns > .column").all()
     tops = {round(column.bounding_box()["y"]) for column in columns}
     assert len(tops) == (1 if width >= 900 else 2)
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_replies_stay_in_their_columns(width, url, engine, visit):
+    engine.reply = lambda text: "A-very-long-word" * 20 + "\n\n- one\n- **two**\n\n```\n" + "code " * 100 + "\n```\n"
+    visitor = visit(url, own={"viewport": {"width": width, "height": 844}})
+    page = settings(visitor)
+    page.get_by_role("radio", name="3 replies").check()
+    visitor.ask("hello")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    replies = page.get_by_role("group", name=re.compile("^Reply")).all()
+    assert len(replies) == 3
+    for reply in replies:
+        box = reply.bounding_box()
+        assert reply.locator("strong").count() == 1
+        for part in reply.locator(".message-content, .reply-head, pre").all():
+            inner = part.bounding_box()
+            assert box["x"] <= inner["x"]
+            assert inner["x"] + inner["width"] <= box["x"] + box["width"]
