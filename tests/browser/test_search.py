@@ -3,14 +3,23 @@
 import re
 from typing import Any
 
+import pytest
+
 from chatpage.schedule.beam import Beams
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Request
+from tests.browser import conftest
 from tests.browser.conftest import Site, Visitor, wait_until
 from tests.browser.test_chats import fork, show
 
 QUESTION = "Why does contiguous reservation waste memory?"
 OTHER = "what is copy-on-write?"
+
+
+@pytest.fixture(autouse=True)
+def slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where steps are slowed, so slow that a search is still going on when a busy machine gets to look at it."""
+    monkeypatch.setattr(conftest, "STEP", 0.12)
 
 
 def want(visitor: Visitor, width: int, max_tokens: int = 24) -> None:
@@ -22,9 +31,9 @@ def want(visitor: Visitor, width: int, max_tokens: int = 24) -> None:
     visitor.page.get_by_label("Max tokens").fill(str(max_tokens))
 
 
-def beams(visitor: Visitor, which: str = "Live") -> list[tuple[float, str]]:
-    """Score and text of each, as they are drawn at one moment."""
-    rows = visitor.page.get_by_role("list", name=f"{which} beams").evaluate_all(
+def beams(visitor: Visitor) -> list[tuple[float, str]]:
+    """Score and text of each live one, as they are drawn at one moment."""
+    rows = visitor.page.get_by_role("list", name="Live beams").evaluate_all(
         "lists => lists.flatMap(list => [...list.children].map(row => [...row.children].map(cell => cell.textContent)))"
     )
     return [(float(score.replace("\u2212", "-")), text) for score, text in rows]
@@ -69,16 +78,18 @@ def test_live_beams_with_their_scores_and_the_best_as_the_answer(site: Site, arr
 
 def test_finished_beams_are_marked(site: Site, arrive, slow):
     visitor = arrive()
-    want(visitor, 2, 48)
-    visitor.send(QUESTION)
-    seen = []
-    visitor.page.get_by_role("region", name="Beam search").wait_for()
-    while visitor.page.get_by_role("region", name="Beam search").is_visible():
-        seen += beams(visitor, "Finished")
-    visitor.wait_idle()
+    visitor.page.evaluate("""() => {
+        const section = document.querySelector('#beams section')
+        new MutationObserver(() => { window.mostFinished = Math.max(window.mostFinished ?? 0,
+            section.hidden ? 0 : section.querySelectorAll('.finished:not([hidden]) li').length)
+        }).observe(section, {childList: true, subtree: true, attributes: true})
+    }""")
+    want(visitor, 5, 48)
+    visitor.ask("What is a slot, and how many has a block of a page table?")
+    most = visitor.page.evaluate("window.mostFinished")
     if site.engine.settings.model is None:
-        assert seen, "the tutor ends its answers"
-    assert all(score < 0 for score, _ in seen)
+        assert most > 0, "the tutor ends its answers"
+    assert most <= 5
 
 
 def test_the_answer_is_gone_on_from_and_is_a_branch(site: Site, arrive):
@@ -146,7 +157,7 @@ def test_another_chat_is_looked_at_while_one_is_searched(site: Site, arrive, slo
 
 def test_beams_on_a_phone(site: Site, arrive, slow):
     visitor = arrive(own={"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True})
-    want(visitor, 8)
+    want(visitor, 8, 48)
     visitor.send(QUESTION)
     region = visitor.page.get_by_role("region", name="Beam search")
     region.wait_for()
