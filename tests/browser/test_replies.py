@@ -2,13 +2,21 @@
 
 import re
 
+import pytest
 from playwright.sync_api import Locator
 
+from tests.browser import conftest
 from tests.browser.conftest import Site, Visitor, wait_until
 from tests.browser.test_chats import fork, show
 
 QUESTION = "Why does contiguous reservation waste memory?"
 OTHER = "what is copy-on-write?"
+
+
+@pytest.fixture(autouse=True)
+def slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where steps are slowed, so slow that replies are still written when a busy machine gets to look at them."""
+    monkeypatch.setattr(conftest, "STEP", 0.1)
 
 
 def settings(visitor: Visitor) -> None:
