@@ -6,8 +6,8 @@
 The bundled model on a CPU; 12 requests at once, or sessions behind one system prompt. After every step the blocks that
 running sequences hold are counted, and compared with the fewest that could hold the same tokens: that number is worked
 out from the tokens alone. What two replies draw each for itself counts as different, even if it is the same word.
-Savings are of all blocks of all steps. A reservation takes, for each reply or beam, the slots of prompt and answer ("its
-length", which nobody knows before the end) or of the whole context.
+Savings are of all blocks of all steps. A reservation takes, for each reply or beam, the slots of prompt and answer (its
+length, which nobody knows before the end) or of the whole context.
 
 Lengths are drawn from exponential distributions with the means of Alpaca and ShareGPT in the vLLM paper (Kwon et al.,
 "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023, figure 11); the savings of its
@@ -130,11 +130,11 @@ class Desk:
                 )
 
     def _stored(self, sequence: Sequence) -> Tokens:
-        """The tokens in its table; what a reply has drawn is nobody else's, what a beam has may be."""
-        tokens = tuple(sequence.tokens[: sequence.table.length])
-        drawn = 0 if sequence.candidates else max(0, len(tokens) - sequence.prompt_length)
-        own = [(1 + sequence.id) * self.core.loaded.vocab_size + token for token in tokens[len(tokens) - drawn :]]
-        return (*tokens[: len(tokens) - drawn], *own)
+        """The tokens in its table. What it shares with nobody, whatever it says, has numbers that no other has."""
+        tokens, system = tuple(sequence.tokens[: sequence.table.length]), sequence.system_tokens
+        common = len(tokens) if sequence.candidates else min(len(tokens), system or sequence.prompt_length)
+        first = (1 + sequence.id) * self.core.loaded.vocab_size
+        return (*tokens[:common], *(first + token for token in tokens[common:]))
 
     def _fewest(self, owners: list[int], stored: list[Tokens], pinned: Tokens) -> int:
         """Requests share nothing but a system prompt, which stays as it is: its last block can hold nothing more."""
