@@ -24,6 +24,8 @@ class Before:
     admitted: int  # new ones, so far
     budget: int  # tokens
     copying: set[Sequence]  # whose next token needs a copy of the block that it goes into
+    beams: set[Sequence]  # those that wait for others of their search
+    stuck: Sequence | None  # who is to come back, while all who run wait for others, and has no room
 
     def pending(self, sequence: Sequence) -> int:
         """How many tokens it will have which nobody knows yet."""
@@ -59,6 +61,13 @@ class Clerk:
         self._lost: Counter[Sequence] = Counter()
         self._parted: set[Sequence] = set()  # those with a slot behind their prompt
         self._copied: dict[Sequence, tuple[int, int]] = {}  # since it was looked how things are
+
+    def branches(self, parent: Sequence, child: Sequence) -> None:
+        """A search has another beam, which is as old as the search."""
+        self._first[child], self._cached[child] = self._first[parent], self._cached[parent]
+
+    def age(self, sequence: Sequence) -> tuple[int, int]:
+        return self._first[sequence].id, sequence.id
 
     # -- what is heard --------------------------------------------------------------------------------------------
 
@@ -122,7 +131,15 @@ class Clerk:
             self.admitted,
             self._budget(),
             {sequence for sequence in scheduler.running if self._copies(sequence)},
+            {sequence for sequence in scheduler.running if sequence.waits},
+            self._stuck(),
         )
+
+    def _stuck(self) -> Sequence | None:
+        scheduler = self.scheduler
+        first = next(iter(scheduler.preempted), None)
+        waits = bool(scheduler.running) and all(sequence.waits for sequence in scheduler.running)
+        return first if first and waits and not self._fits(first) else None
 
     def _copies(self, sequence: Sequence) -> bool:
         table, pool = sequence.table, self.pool
@@ -152,11 +169,14 @@ class Clerk:
         for sequence in step.exhausted:
             assert sequence not in before.in_flight, "ended although a token of it is still to come"
         had_work = bool(before.running or before.preempted or before.waiting)
-        may_rest = step.lacks_room or any(self._idles(before, sequence) for sequence in before.running)
+        may_rest = step.lacks_room or any(self._sits_out(before, sequence) for sequence in before.running)
+        may_rest = may_rest or bool(before.beams and step.preempted)  # the oldest may be one that waits
         assert bool(chosen or step.exhausted) == had_work or may_rest, "an empty step although there is work"
         for sequence in step.exhausted:
-            assert not self.fits(len(sequence.tokens), sequence.system_tokens), "ended although it fits"
+            assert not self._fits_with_its_search(sequence), "ended although it fits"
             assert sequence not in step.preempted, "lost its blocks although nobody else needs them"
+            others = [s for s in before.running if self._first[s] is not self._first[sequence]]
+            assert set(others) <= set(step.preempted), "ended although others run"
         assert step.copies == list(self._copied.values()), "not the copies that were asked for"
         assert not self._copied.keys() & before.in_flight.keys(), "a block is replaced that a step in flight uses"
         self._check_running(before, step)
@@ -166,6 +186,22 @@ class Clerk:
         """Whether a sequence of that length could be in the pool if nobody else were."""
         size = self.pool.block_size
         return -(-tokens // size) - system_tokens // size <= self.pool.num_blocks - len(self.pool.pinned)
+
+    def _fits_with_its_search(self, sequence: Sequence) -> bool:
+        """Whether the pool could hold it, and if it is a beam, all of them, each with an end of its own.
+
+        If what others need can be found: the same blocks may be there twice, where some had left the content tree.
+        """
+        if not sequence.candidates:
+            return self.fits(len(sequence.tokens), sequence.system_tokens)
+        size, scheduler = self.pool.block_size, self.scheduler
+        if not all(other.table.is_findable for other in scheduler.running):
+            return False
+        beams = [s for s in (*scheduler.running, *scheduler.preempted) if self._first[s] is self._first[sequence]]
+        start = sequence.system_tokens // size * size + size
+        whole = {tuple(beam.tokens[:end]) for beam in beams for end in range(start, len(beam.tokens) + 1, size)}
+        ends = sum(len(beam.tokens) % size > 0 for beam in beams)
+        return len(whole) + ends <= self.pool.num_blocks - len(self.pool.pinned)
 
     def _check_running(self, before: Before, step: Step) -> None:
         """All who run are in the step, oldest first, but for the newest, whose blocks others need."""
@@ -184,15 +220,19 @@ class Clerk:
         for victim in step.preempted:
             assert victim in before.running
             assert victim not in before.in_flight, "loses blocks that a step in flight writes"
-            assert all(s.id < victim.id for s in chosen), "an older one is preempted for a newer one"
-        assert not (step.preempted and self.scheduler.resting), "preempted while tables rest"
+            assert all(self.age(s) < self.age(victim) for s in chosen), "an older one is preempted for a newer one"
+        assert not (step.preempted and self.scheduler.resting) or before.stuck, "preempted while tables rest"
         started = {chunk.sequence.session: chunk.sequence for chunk in step.chunks}
         left = list(self.scheduler.resting)
         others = [session for session, last in before.resting.items() if not self._follows(started.get(session), last)]
         assert left == others[len(others) - len(left) :], "not the longest rested first"
 
     def _idles(self, before: Before, sequence: Sequence) -> bool:
-        """Whether it has nothing to do, at first or by the time when it had its turn."""
+        """Whether it has nothing to do, as it waits for other beams or for its last token."""
+        return sequence in before.beams or self._sits_out(before, sequence)
+
+    def _sits_out(self, before: Before, sequence: Sequence) -> bool:
+        """Whether that is so at first or by the time when it had its turn."""
         return before.sits_out(sequence) or (bool(before.pending(sequence)) and self._copies(sequence))
 
     def _follows(self, sequence: Sequence | None, last: list[Sequence]) -> bool:
@@ -214,6 +254,9 @@ class Clerk:
     def _check_started(self, before: Before, step: Step) -> None:
         """Who was started, in which order, and why nobody else."""
         started = [chunk for chunk in step.chunks if chunk.sequence not in before.running]
+        if before.stuck:
+            self._check_way(before, before.stuck, step)
+            return
         if step.preempted or step.lacks_room:
             assert not started, "somebody starts in a step in which somebody lost his blocks, or lacks some"
             return
@@ -223,17 +266,29 @@ class Clerk:
         self._check_replies([chunk for chunk in started if chunk.sequence in new])
         self._check_patience(new)
 
+    def _check_way(self, before: Before, stuck: Sequence, step: Step) -> None:
+        """The newest other search makes way for one that all wait for; if there is none, that one can only end."""
+        others = [s for s in before.running if self._first[s] is not self._first[stuck]]
+        newest = [s for s in others if self._first[s] is self._first[others[-1]]]
+        assert not step.chunks, "somebody takes what one needs whom others wait for"
+        assert step.preempted == newest, "not the newest search makes way"
+        assert step.exhausted == ([] if others else [stuck]), "not the one ends that will never fit"
+
     def _follow(self, before: Before, step: Step, started: list[Chunk]) -> None:
         """Go through the candidates in their order: each was started, or there is a reason why not."""
         left = list(started)
-        places = self.scheduler.max_sequences - len(before.running)
+        there = [self._first[s] for s in before.running if s.width > 1]
+        places = self.scheduler.max_sequences - sum(s.width == 1 for s in before.running)
+        places -= sum(first.width for first in set(there))
         budget = before.budget - sum(c.count for c in step.chunks if c not in started)
         admitted = [before.admitted]
         for candidate in self._in_order(before, admitted):
-            if not places or not budget:
+            taken = 0 if self._first[candidate] in there else candidate.width  # a search has places for all its beams
+            if taken > places or not budget:
                 break
-            places -= 1
+            places -= taken
             if left and left[0].sequence is candidate:
+                there += [self._first[candidate]] if candidate.width > 1 else []
                 budget -= left.pop(0).count
                 admitted[0] += candidate in before.waiting
             elif self._awaits_prompt(candidate):

@@ -16,8 +16,13 @@ from chatpage.schedule.sequence import Sequence
 from chatpage.schedule.session import Session
 
 ALPHABET = 3
+ENDS = (4, 5)  # the tokens that end a beam
+VOCABULARY = 6  # of beams
 GARBAGE = -1
 WHOLE_STEP = -1
+
+Candidates = list[tuple[int, float]]
+Drawn = int | Candidates | None  # a token, what a beam could go on with, or nothing
 
 
 def state(before: Tokens[int], token: int) -> int:
@@ -27,6 +32,12 @@ def state(before: Tokens[int], token: int) -> int:
 def draw(last: int, choice: int) -> int:
     """Each reply to a prompt looks at other digits, so some go the same way for a while, and then part."""
     return (last >> 3 * choice) % ALPHABET
+
+
+def likeliest(last: int, count: int) -> Candidates:
+    """The tokens that a beam could go on with, no two of which are as likely."""
+    logprobs = ((token, -(last >> 8 * token) % 256 / 64 - token / 1024 - 5) for token in range(VOCABULARY))
+    return sorted(logprobs, key=lambda pair: -pair[1])[:count]
 
 
 def answer(prompt: Tokens[int], count: int, choice: int = 0) -> list[int]:
@@ -101,7 +112,7 @@ class FakeFlight:
 
     step: Step
     rows: list[FakeRow]
-    drawn: list[int | None] | None = None
+    drawn: list[Drawn] | None = None
 
 
 class FakeModel:
@@ -111,7 +122,7 @@ class FakeModel:
         self.pool = pool
         self.slots = [[GARBAGE] * pool.block_size for _ in range(pool.num_blocks + 1)]
         self._last: FakeFlight | None = None
-        self._drawn: dict[Sequence, int | None] = {}  # by the step that was computed last
+        self._drawn: dict[Sequence, Drawn] = {}  # by the step that was computed last
 
     def launch(self, step: Step, broken: int = 0) -> FakeFlight:
         """Make a step's copies, once all is computed that was launched before, and take down what its rows are.
@@ -135,8 +146,8 @@ class FakeModel:
         assert len(known) >= chunk.count - 1, "a chunk has two tokens that are not known yet"
         return FakeRow(chunk, list(chunk.sequence.table.blocks), [*known, None][: chunk.count], is_broken)
 
-    def read(self, flight: FakeFlight) -> list[int | None]:
-        """The token that each chunk draws, if it draws one."""
+    def read(self, flight: FakeFlight) -> list[Drawn]:
+        """What each chunk draws, if it draws something."""
         if flight.drawn is None:
             flight.drawn = [self._compute(row) for row in flight.rows]
             self._drawn = {row.chunk.sequence: token for row, token in zip(flight.rows, flight.drawn, strict=True)}
@@ -160,7 +171,7 @@ class FakeModel:
         blocks, size = chunk.sequence.table.blocks, self.pool.block_size
         return [(blocks[p // size], p % size) for p in range(chunk.start, chunk.end)]
 
-    def _compute(self, row: FakeRow) -> int | None:
+    def _compute(self, row: FakeRow) -> Drawn:
         chunk, size = row.chunk, self.pool.block_size
         if row.is_broken and chunk.is_wanted:
             self._spoil(row.blocks)
@@ -168,11 +179,16 @@ class FakeModel:
         before = self._read(row.blocks, chunk.start)
         for position, token in enumerate(row.tokens, chunk.start):
             if token is None:
-                token = self._drawn[chunk.sequence]
+                drawn = self._drawn[chunk.sequence]
+                assert not isinstance(drawn, list), "a beam goes on before it is known with what"
+                token = drawn
             before.append(GARBAGE if token is None or row.is_broken else state(before, token))
             if chunk.stores:
                 self.slots[row.blocks[position // size]][position % size] = before[-1]
-        return draw(before[-1], chunk.sequence.choice) if chunk.draws and not row.is_broken else None
+        if row.is_broken or not chunk.draws:
+            return None
+        sequence = chunk.sequence
+        return likeliest(before[-1], sequence.candidates) if sequence.candidates else draw(before[-1], sequence.choice)
 
     def _read(self, blocks: Tokens[int], count: int) -> list[int]:
         size = self.pool.block_size
@@ -207,10 +223,12 @@ def deliver(
     limits: dict[int, int],
     fail: Callable[[Sequence], object] | None = None,
     copies: Collection[tuple[int, int]] = (),
+    take: Callable[[Sequence, Candidates], object] | None = None,
 ) -> list[Chunk]:
     """Read a step, end whom it fails, publish it, and hand out its tokens.
 
     Args:
+        take: is given what a beam could go on with.
         copies: those of the step that was launched meanwhile.
 
     Returns:
@@ -220,6 +238,8 @@ def deliver(
     broken = [row.chunk.sequence for row in flight.rows if row.is_broken and row.chunk.is_wanted]
     culprits, _ = scheduler.distrust(broken, copies)
     for sequence in culprits:
+        if sequence.state == "done":  # it has failed with another beam
+            continue
         if fail:
             fail(sequence)
         else:
@@ -228,7 +248,12 @@ def deliver(
     scheduler.finish(step)
     for chunk, token in zip(step.chunks, drawn, strict=True):
         sequence = chunk.sequence
-        if token is not None and chunk.is_wanted:
+        if token is None or not chunk.is_wanted:
+            continue
+        if isinstance(token, list):
+            assert take, "a beam that nobody expects"
+            take(sequence, token)
+        else:
             sequence.tokens.append(token)
             if len(sequence.tokens) == limits[sequence.id]:
                 scheduler.end(sequence, "length")

@@ -3,8 +3,9 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable
 from copy import deepcopy
+from dataclasses import replace
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import strategies as st
@@ -14,14 +15,16 @@ from chatpage.cache.pool import PoolFull
 from chatpage.cache.prefix import SYSTEM
 from chatpage.errors import RequestError
 from chatpage.events import FREE, IDLE, USED, Event, EventLog, Snapshot
+from chatpage.schedule.beam import Beams
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Prompt
-from chatpage.schedule.scheduler import Chunk, Scheduler, Step
+from chatpage.schedule.scheduler import Chunk, Step
 from chatpage.schedule.sequence import Sequence
 from chatpage.schedule.session import Session
 from tests.cache.naive import deep_state
 from tests.schedule.clerk import Before, Clerk
-from tests.schedule.fake import ALPHABET, FakeFlight, FakeModel, FakePool, Oracle, deliver, pin_system
+from tests.schedule.fake import ALPHABET, ENDS, FakeFlight, FakeModel, FakePool, Oracle, deliver, pin_system
+from tests.schedule.searches import Alone, Searches, Watched
 
 VISITORS = 4
 TOKENS = st.sampled_from([0, 0, 0, *range(ALPHABET)])  # so that prefixes of strangers collide all the time
@@ -31,19 +34,29 @@ WHO = st.integers(0, 15)
 REPLIES = st.sampled_from([1, 1, 1, 2, 3, 5])
 CHOICE = st.none() | st.integers(0, 4)
 STEPS = st.sampled_from([0, 1, 2, 4, 20, 20])
+MASKS = st.lists(st.just(0) | st.integers(0, 4095), max_size=16)
+PENALTIES = [-1.0, 0.0, 1.0]  # of length
+STOPPING: list[bool | Literal["never"]] = [False, True, "never"]  # early
+WISHES = st.builds(
+    Beams,
+    width=st.just(5),
+    length_penalty=st.sampled_from(PENALTIES),
+    early_stopping=st.sampled_from(STOPPING),
+    returned=st.integers(1, 5),
+)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Visitors with a session or without, each in a domain of his own or all in one, under a system prompt or none.
 
-    A prompt is replied to once or several times. Steps are read back before the next one is scheduled, or after it was
-    launched.
+    A prompt is replied to once or several times, or its likeliest answers are searched for. Steps are read back before
+    the next one is scheduled, or after it was launched.
     """
 
     @initialize(
-        num_blocks=st.integers(4, 12),
+        num_blocks=st.integers(4, 12) | st.integers(10, 24),
         block_size=st.integers(1, 4),
-        max_sequences=st.integers(1, 6),
+        max_sequences=st.integers(1, 6) | st.integers(5, 12),
         max_step_tokens=st.integers(1, 12),
         system=st.lists(TOKENS, max_size=9),
         alone=st.booleans(),
@@ -65,7 +78,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.heard: list[Event] = []
         self.kept = [deepcopy(self.view)]
         self.events.listeners.append(self.hear)
-        self.scheduler = Scheduler(self.pool, max_sequences=max_sequences, max_step_tokens=max_step_tokens)
+        self.scheduler = Watched(self.pool, max_sequences=max_sequences, max_step_tokens=max_step_tokens)
         self.model = FakeModel(self.pool)
         self.overlaps = overlaps
         self.flight: FakeFlight | None = None
@@ -76,8 +89,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.choice: dict[int, int] = {}  # which of them it is
         self.domain: dict[int, Hashable] = {}  # of each published block
         self.names: dict[int, int] = {}  # how many tokens of each published block can be found
-        self.oracles: dict[int, Oracle] = {}
-        self.right: dict[int, int] = {}  # how many tokens of each sequence were found to be right
+        self.oracles: dict[int, Oracle | Alone] = {}
+        self.right: dict[int, int] = {}  # how many tokens of each sequence that is no beam were found to be right
         self.limits: dict[int, int] = {}
         self.cut: set[int] = set()  # ended early, because an allocation was made to fail
         self.served: dict[Session, int] = {}
@@ -92,6 +105,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.system:
             pin_system(self.scheduler, self.model, self.system)
         self.clerk = Clerk(self.scheduler, lambda: self.era, admitted=1 if self.system else 0)
+        self.searches = Searches(self.scheduler, self.model, self.choice)
+        self.scheduler.on_branch = self.branched
         self.visitors = [self.session(n) for n in range(VISITORS)]
 
     # -- events, heard as they come -------------------------------------------------------------------------------
@@ -191,12 +206,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert fits
         return True
 
+    def lifted(self, session: Session) -> int:
+        """What counts as served when it asks for something."""
+        least = min((s.session.served for s in self.live()), default=0)
+        return session.served if session.active else max(session.served, least)
+
     def submit(self, session: Session, prompt: Prompt, count: int, replies: int = 1) -> list[Sequence]:
         """A turn with so many replies; none of them where it is refused."""
         if not self.may_ask(session, prompt):
             return []
-        least = min((s.session.served for s in self.live()), default=0)
-        lifted = session.served if session.active else max(session.served, least)
+        lifted = self.lifted(session)
         # Every second one ends by what it draws, which nobody knows beforehand; every fifth looks at what it drew.
         limit = len(prompt.tokens) + count if self.asked % 2 else None
         params = SamplingParams(presence_penalty=float(self.asked % 5 == 0))
@@ -209,14 +228,38 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.welcome(self.scheduler.submit_reply(first, choice) if choice else first, count, turn)
         return turn
 
+    def begin_search(self, session: Session, prompt: Prompt, count: int, wish: Beams) -> None:
+        if not self.may_ask(session, prompt):
+            return
+        lifted = self.lifted(session)
+        self.asked += 1
+        limit = len(prompt.tokens) + count
+        wishes: dict[str, Any] = {"width": wish.width, "candidates": wish.width + len(ENDS)}
+        first = self.scheduler.submit(session, prompt, SamplingParams(), limit=limit, **wishes)
+        assert session.served == lifted, "having been away earns credit"
+        self.served[session] = lifted
+        self.know(first, [first], 0, self.searches.begin(first, wish, count))
+        self.limits[first.id] = limit
+        self.clerk.comes(first, first)
+
+    def branched(self, parent: Sequence, child: Sequence) -> None:
+        self.know(child, [child], 0, self.oracles[parent.id])
+        self.limits[child.id], self.entered[child.id] = self.limits[parent.id], self.entered[parent.id]
+        self.clerk.branches(parent, child)
+        self.searches.branched(parent, child)
+
+    def know(self, sequence: Sequence, turn: list[Sequence], choice: int, oracle: Oracle | Alone) -> None:
+        number = sequence.id
+        self.known[number], self.turns[number], self.choice[number] = sequence, turn, choice
+        self.oracles[number] = oracle
+
     def welcome(self, sequence: Sequence, count: int, turn: list[Sequence]) -> None:
         """Another reply of a turn, which ends a little before the others."""
         number, choice = sequence.id, len(turn)
         turn.append(sequence)
         for same in ("session", "tokens", "system_tokens", "params", "seed", "limit"):
             assert getattr(sequence, same) == getattr(turn[0], same), f"a reply with another {same}"
-        self.known[number], self.turns[number], self.choice[number] = sequence, turn, choice
-        self.oracles[number] = Oracle(choice)
+        self.know(sequence, turn, choice, Oracle(choice))
         self.right[number] = len(sequence.tokens)
         self.limits[number] = len(sequence.tokens) + max(1, count - choice % 3)
         self.clerk.comes(sequence, turn[0])
@@ -238,6 +281,39 @@ class SchedulerMachine(RuleBasedStateMachine):
         session = self.visitors[visitor % VISITORS] if stays else self.session(visitor, keeps=False)
         self.submit(session, self.prompt(session, said, count), count, replies)
         self.step(steps)
+        if keeps is not None:
+            self.keep(visitor, keeps)
+
+    @rule(
+        visitor=WHO,
+        stays=st.booleans(),
+        said=SAID,
+        count=COUNTS,
+        wish=WISHES,
+        width=st.integers(1, 5),
+        number=st.integers(1, 3),
+        masks=MASKS,
+        keeps=CHOICE,
+    )
+    def search(
+        self,
+        visitor: int,
+        stays: bool,
+        said: list[int],
+        count: int,
+        wish: Beams,
+        width: int,
+        number: int,
+        masks: list[int],
+        keeps: int | None,
+    ) -> None:
+        """Searches of several visitors; in some steps they part, and lose blocks; and an answer may be kept."""
+        width = min(width, self.scheduler.max_sequences)
+        wish = replace(wish, width=width, returned=min(wish.returned, width))
+        for n in range(number):
+            session = self.visitors[(visitor + n) % VISITORS] if stays else self.session(visitor + n, keeps=False)
+            self.begin_search(session, self.prompt(session, said, count), count, wish)
+        self.make_way(masks)
         if keeps is not None:
             self.keep(visitor, keeps)
 
@@ -307,6 +383,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         if sequence := self.pick(who, self.live()):
             self.stop(sequence)
 
+    @rule(who=WHO)
+    def end_search(self, who: int) -> None:
+        """By the first of its beams, or by another one, wherever it is."""
+        if beam := self.pick(who, [s for s in self.live() if s in self.searches]):
+            self.stop(beam)
+
+    @rule(masks=MASKS)
+    def make_way(self, masks: list[int]) -> None:
+        """Before each of some steps the device has no memory for some who run: bit i says it of the i-th."""
+        for mask in masks:
+            for n, sequence in enumerate(list(self.scheduler.running)):
+                if mask >> n & 1:
+                    self.scheduler.preempt(sequence, "memory is full")
+            self.take_step()
+
     @rule(who=WHO, which=st.sampled_from(["first", "another", "all"]))
     def regret(self, who: int, which: str) -> None:
         """Of several replies to a prompt the first one is stopped, another one, or all, wherever each of them is."""
@@ -319,6 +410,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def stop(self, sequence: Sequence) -> None:
         """What it computed can be found by others, all of it."""
+        if sequence in self.searches:
+            self.searches.end(sequence, "abort")
+            return
         computed, may_be_found = sequence.computed, sequence.table.is_findable
         self.scheduler.end(sequence, "abort")
         found = sum(length for _, length in sequence.table.matches(sequence.tokens[:computed]))
@@ -344,17 +438,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         """A turn fails between two steps; one beside which others rest, if there is one."""
         beside = [sequence for sequence in self.live() if sequence.session.resting]
         if sequence := self.pick(who, beside or self.live()):
+            is_beam = sequence in self.searches
             self.model.spoil(sequence)
             self.fail_one(sequence)
-            self.end_again(sequence)
+            if not is_beam:
+                self.end_again(sequence)
 
     def fail_one(self, sequence: Sequence) -> None:
-        """Nothing that it held, the pinned blocks apart, may be found or held by anybody."""
-        suspects = set(sequence.table.blocks) - self.pool.pinned
-        others = {s.id: list(s.table.blocks) for s in self.scheduler.running if s is not sequence}
-        rested = {s.id: list(s.table.blocks) for s in self.rested()}
+        """Nothing that it held, the pinned blocks apart, may be found or held by anybody; so it is with all beams."""
+        is_beam = sequence in self.searches
+        turn = list(self.searches.beams(sequence)) if is_beam else [sequence]
+        suspects = {block for s in turn for block in s.table.blocks} - self.pool.pinned
+        others = {s.id: list(s.table.blocks) for s in self.scheduler.running if s not in turn}
+        rested = {s.id: list(s.table.blocks) for s in self.rested() if not (is_beam and s.turn == sequence.turn)}
         served = sequence.session.served
-        returned = self.scheduler.fail(sequence, "error")
+        returned = self.searches.fail(sequence) if is_beam else self.scheduler.fail(sequence, "error")
         for block in suspects:
             assert self.pool.node[block] is None, f"block {block} of a failed turn can be found"
             assert self.pool.ref[block] == 0, f"block {block} of a failed turn is held"
@@ -367,12 +465,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         lost = {number for number, blocks in rested.items() if suspects.intersection(blocks)}
         assert {s.id for s in self.rested()} == set(rested) - lost, "not those were woken who held one of its blocks"
 
+    def abort(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self.end(sequence, "abort")
+
+    def end(self, sequence: Sequence, reason: str) -> None:
+        """A beam ends with all others."""
+        if sequence in self.searches:
+            self.searches.end(sequence, reason)
+        else:
+            self.scheduler.end(sequence, reason)
+
     @rule(visitor=WHO)
     def close(self, visitor: int) -> None:
         session = self.visitors[visitor % VISITORS]
-        for sequence in self.live():
-            if sequence.session is session:
-                self.scheduler.end(sequence, "abort")
+        self.abort([sequence for sequence in self.live() if sequence.session is session])
         self.scheduler.wake(session, "the session was closed")
         assert not session.resting
         assert session.active == 0
@@ -383,9 +490,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         session = self.one_who_rests(visitor)
         live = [sequence for sequence in self.live() if sequence.session is session]
         turn = min((sequence.turn for sequence in (*live, *session.resting)), default=0)
-        for sequence in live:
-            if sequence.turn == turn and self.choice[sequence.id] != choice:
-                self.scheduler.end(sequence, "abort")
+        self.abort([s for s in live if s.turn == turn and self.choice[s.id] != choice])
         rested = session.resting[:]
         self.scheduler.keep(session, choice)
         assert session.resting == [last for last in rested if self.choice[last.id] == choice]
@@ -447,8 +552,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def stop_in_step(self) -> None:
         """All are ended after a step was launched and before it writes: what it writes is not found."""
         self.launch()
-        for sequence in self.live():
-            self.scheduler.end(sequence, "abort")
+        self.abort(self.live())
         self.settle()
 
     @rule(who=WHO, more=st.integers(1, 5), is_genuine=st.booleans())
@@ -482,10 +586,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.pool.failed == failed:
             self.clerk.check(before, step)
         else:
-            self.cut.update(s.id for s in step.exhausted)
+            self.cut.update(s.turn if s.candidates else s.id for s in step.exhausted)
             assert step.chunks or step.exhausted or step.preempted or step.lacks_room
         for sequence in step.exhausted:
-            scheduler.end(sequence, "length")
+            self.end(sequence, "length")
         following = self.model.launch(step, broken) if step.chunks else None
         self.lost_at_launch.update({id(chunk): self.lost[chunk.sequence.id] for chunk in step.chunks})
         self.settle(step.copies)
@@ -501,10 +605,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             has_lost = self.lost[chunk.sequence.id] > self.lost_at_launch.pop(id(chunk))
             assert chunk.is_wanted == (chunk.sequence.is_running and not has_lost), "dropped, or not"
         era = self.era
-        counted = deliver(flight, self.scheduler, self.model, self.limits, self.fail_one, copies)
+        counted = deliver(flight, self.scheduler, self.model, self.limits, self.fail_one, copies, self.searches.take)
         self.count_served(counted)
         for chunk in counted:
-            if not chunk.sequence.is_running:
+            if not chunk.sequence.is_running and not chunk.sequence.candidates:
                 self.check_rest(chunk.sequence, chunk.sequence.computed)
             self.check_slots(chunk.sequence)
         if era == self.era:
@@ -518,10 +622,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             sequence, length = chunk.sequence, before.length(chunk.sequence)
             assert chunk.count > 0
             assert sequence.is_running
+            assert sequence not in before.beams, "goes on without the others"
             assert chunk.end <= length
             assert chunk.end < (sequence.limit or length + 1), "computes what comes after its last token"
             assert chunk.reaches_end == (chunk.end == length)
-            assert not (before.pending(sequence) and sequence.params.penalizes), "draws without a look at what it drew"
+            looks_back = sequence.params.penalizes or sequence.candidates
+            assert not (before.pending(sequence) and looks_back), "draws without a look at what it drew"
             ahead = before.in_flight.get(sequence)
             start = sequence.computed + (ahead.count if ahead and ahead.stores else 0)
             assert chunk.start == start - (not chunk.stores), "tokens are left out, or run twice"
@@ -582,12 +688,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.answers_are_right()
         self.everybody_is_where_his_state_says()
         self.clerk.check_forks()
+        self.searches.check()
         self.replayed_events_give_the_state()
 
     def answers_are_right(self) -> None:
-        for number, sequence in self.known.items():
-            tokens, oracle = sequence.tokens, self.oracles[number]
-            for at in range(self.right[number], len(tokens)):
+        for number, right in self.right.items():
+            tokens, oracle = self.known[number].tokens, self.oracles[number]
+            for at in range(right, len(tokens)):
+                assert isinstance(oracle, Oracle)
                 assert tokens[at] == oracle.next(tokens[:at]), f"token {at} of sequence {number} is wrong"
             self.right[number] = len(tokens)
 
@@ -595,7 +703,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler = self.scheduler
         assert len(scheduler.running) <= scheduler.max_sequences
         for queue in (scheduler.running, scheduler.preempted, scheduler.waiting):
-            assert [s.id for s in queue] == sorted(s.id for s in queue), "not oldest first"
+            assert queue == sorted(queue, key=self.clerk.age), "not oldest first"
         chunks = self.flight.step.chunks if self.flight else []
         in_flight = {chunk.sequence: chunk for chunk in chunks if chunk.is_wanted}
         for s in scheduler.running:
@@ -653,6 +761,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             most -= 1
             self.take_step()
         for sequence in live:
+            if sequence.candidates:
+                self.searches.check_end(sequence, self.cut)
+                continue
             is_too_long = not self.clerk.fits(len(sequence.tokens), sequence.system_tokens)
             assert is_too_long or sequence.id in self.cut or len(sequence.tokens) == self.limits[sequence.id]
         for session in list(self.scheduler.resting):
@@ -667,7 +778,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 def walk(seed: int, steps: int = 60, counts: Counter[str] | None = None) -> int:
     """A random walk of the machine, checked after every step; the seed is all that makes it. Those of even seeds
-    have a step in flight while the next one is scheduled.
+    have a step in flight while the next one is scheduled; in four of seven, visitors also search.
 
     Args:
         counts: how often each rule ran is added to it.
@@ -687,9 +798,15 @@ def walk(seed: int, steps: int = 60, counts: Counter[str] | None = None) -> int:
     def replies() -> int:
         return random.choice([1, 1, 1, 2, 3, 5])
 
+    def masks() -> list[int]:
+        often = random.choice([0, 0, 0.2, 0.5])
+        steps = random.choice([0, 1, 2, 4, 16])
+        return [random.randrange(4096) & random.randrange(4096) * (random.random() < often) for _ in range(steps)]
+
     machine = SchedulerMachine()
-    sizes = random.randint(4, 12), random.randint(1, 4), random.randint(1, 6), random.randint(1, 12)
-    machine.start(*sizes, said(0), flip(), seed % 2 == 0)
+    searches = seed % 7 > 2
+    sizes = random.randint(4, 12 + 12 * searches), random.randint(1, 4)
+    machine.start(*sizes, random.randint(1, 6 + 6 * searches), random.randint(1, 12), said(0), flip(), seed % 2 == 0)
     rules: dict[str, Callable[[int], Any]] = {
         "arrive": lambda who: machine.arrive(who, flip(), flip(), said(), random.randint(1, 8)),
         "reply": lambda who: machine.reply(
@@ -725,7 +842,27 @@ def walk(seed: int, steps: int = 60, counts: Counter[str] | None = None) -> int:
         "keep_snapshot": lambda _: machine.keep_snapshot(),
         "replay": lambda who: machine.replay(who),
     }
+    if searches:
+        rules |= {
+            "search": lambda who: machine.search(
+                who,
+                flip(),
+                said(),
+                random.randint(1, 8),
+                Beams(5, random.choice(PENALTIES), random.choice(STOPPING), random.randint(1, 5)),
+                random.randint(1, 5),
+                random.choice([1, 1, 2, 3]),
+                masks(),
+                random.choice([None, None, 0, 1, 2]),
+            ),
+            "end_search": lambda who: machine.end_search(who),
+            "make_way": lambda _: machine.make_way(masks()),
+        }
     favours = [random.random() ** 2 for _ in rules]  # each walk likes some rules better than others
+    if searches:
+        names, crowd = list(rules), 1 + 9 * (seed % 7 == 6)
+        favours[names.index("search")] *= 4 * crowd
+        favours[names.index("make_way")] *= 2 * crowd
     for name in random.choices(list(rules), favours, k=steps):
         rules[name](random.randrange(16))
         machine.all_is_well()
