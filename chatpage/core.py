@@ -12,7 +12,7 @@ Everything here belongs to the one thread that calls it.
 
 import logging
 import secrets
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -287,13 +287,16 @@ class Core:
         self.scheduler.wake(session, "the session was closed")
 
     def keep(self, session: Session, choice: int) -> None:
-        """End and release all replies of a session's turn but one. A next turn that is there already stays as it is."""
-        of_turns = {turn: turn.sequences[0].turn for turn in self._turns_of(session)}
-        chosen = min((*of_turns.values(), *(sequence.turn for sequence in session.resting)), default=0)
-        for turn, number in of_turns.items():
-            if number == chosen and turn.sequences[0].choice != choice:
+        """End and release all replies of a session's newest turn but one, if it has that one."""
+        live = {turn: turn.sequences[0] for turn in self._turns_of(session)}
+        newest = max((sequence.turn for sequence in (*live.values(), *session.resting)), default=0)
+        if not any((s.turn, s.choice) == (newest, choice) for s in (*live.values(), *session.resting)):
+            return
+        for turn, sequence in live.items():
+            if sequence.turn == newest and sequence.choice != choice:
                 self._finish(turn, "abort")
-        self.scheduler.keep(session, choice)
+        if any(sequence.turn == newest for sequence in session.resting):
+            self.scheduler.keep(session, choice)
 
     def _turns_of(self, session: Session) -> list[Turn]:
         return [turn for turn in self._all_turns() if turn.session is session]
@@ -350,8 +353,11 @@ class Core:
 
     # -- one step -------------------------------------------------------------------------------------------------
 
-    def step(self) -> None:
+    def step(self) -> bool:
         """Launch what the scheduler chooses, deliver what was in flight meanwhile, and tell readers and listeners.
+
+        Returns:
+            Whether anything came of it.
 
         Raises:
             RuntimeError: the model computes nothing any more.
@@ -370,6 +376,7 @@ class Core:
         self._hand_out()
         if self.settings.paranoid:
             self.check()
+        return bool(step.chunks or step.preempted or step.exhausted or behind)
 
     def settle(self) -> None:
         """Wait for the step in flight, if there is one, and deliver it."""
@@ -520,16 +527,20 @@ class Core:
 
         Who has no memory alone either, or again and again, is left to end.
         """
+        lacking: defaultdict[Turn, list[Sequence]] = defaultdict(list)
         for sequence in sequences:
-            turn, length = self.turns.get(sequence.id), len(sequence.tokens)
-            if turn is None:
-                continue
+            if turn := self.turns.get(sequence.id):
+                lacking[turn].append(sequence)
+        is_alone = len({self.turns.get(sequence.id) for sequence in self.scheduler.running}) == 1
+        for turn, beams in lacking.items():
+            length = len(beams[0].tokens)
             if turn.made_way_at != length:
                 turn.made_way, turn.made_way_at = 0, length
-            if turn.made_way < (MADE_WAY if len(self.scheduler.running) > 1 else 1):
+            if turn.made_way < (1 if is_alone else MADE_WAY):
                 turn.made_way += 1
-                self.scheduler.preempt(sequence, "memory is full")
-                self._tell_preempted([sequence])
+                for beam in beams:
+                    self.scheduler.preempt(beam, "memory is full")
+                self._tell_preempted(beams)
 
     def _end_broken(self, errors: dict[Sequence, str]) -> None:
         """End those whose computation failed; who held one of their blocks computes again."""
@@ -553,6 +564,8 @@ class Core:
         before = turn.sequences
         self.counts["generated_tokens"] += 1
         news = turn.add(sequence, drawn)
+        if news is None:
+            return
         if turn.sequences is not before:  # some beams were dropped, and others forked
             for beam in before:
                 del self.turns[beam.id]

@@ -228,14 +228,23 @@ class Engine:
                 param = "messages" if name == "The prompt" else name
                 raise RequestError(f"{name} has token {unknown[0]}; the model knows 0 to {last}.", param=param)
 
-    def _require_places(self, request: Request) -> None:
-        """Refuse a beam search that could never run with all its beams."""
-        places = self.settings.max_sequences
+    @property
+    def _most_replies(self) -> int:
+        """How many may run or wait at once."""
+        return self.settings.max_sequences + self.settings.max_queue
+
+    def _require_places(self, request: Request, replies: int) -> None:
+        """Refuse what could never run, or wait, with all its beams or replies."""
+        places, most = self.settings.max_sequences, self._most_replies
         if request.beams and request.beams.width > places:
             raise RequestError(
                 f"beam_width is {request.beams.width}; this server runs at most {places} sequences at once.",
                 param="beam_width",
             )
+        if request.beams and request.beams.returned != replies:
+            raise RequestError(f"A search that returns {request.beams.returned} has {replies} listeners.", param="n")
+        if replies > most:
+            raise RequestError(f"n is {replies}; on this server at most {most} may run or wait.", param="n")
 
     def _too_long(self, tokens: str) -> RequestError:
         return RequestError(
@@ -267,7 +276,7 @@ class Engine:
         self._require_known(request.prompt, request.params)
         self.require_room(len(request.prompt.tokens))
         self.core.scheduler.require_room(request.prompt)
-        self._require_places(request)
+        self._require_places(request, len(listeners))
         if request.session is not None and not self.has_session(request.session):
             raise RequestError("The session is not known here; it may have been closed.", param="session")
         self._enter_queue(len(listeners))
@@ -299,10 +308,11 @@ class Engine:
         return self._sessions.use(request.session)
 
     def _enter_queue(self, replies: int) -> None:
-        limit = self.settings.max_sequences + self.settings.max_queue
         with self._lock:
-            if self._open_replies + replies > limit:
-                raise Busy(f"{limit} requests are running or waiting, which is the most; please try again later.")
+            if self._open_replies + replies > self._most_replies:
+                raise Busy(
+                    f"{self._most_replies} requests are running or waiting, which is the most; please try again later."
+                )
             self._open_replies += replies
 
     def _leave_queue(self, replies: int) -> None:
@@ -368,8 +378,8 @@ class Engine:
             self._load()
             while self.status == "ready":
                 self._run_commands()
-                self.core.step()
-                self.last_progress = time.monotonic()
+                if self.core.step() or not self.core.has_work:
+                    self.last_progress = time.monotonic()
         except ChatPageError as error:
             self._fail(error, str(error))
         except Exception as error:

@@ -21,21 +21,18 @@ class Turn:
     """A sequence, its text and its reader.
 
     Attributes:
+        sequences: those that run for it now.
         streams: of those who read.
         made_way: how often it was preempted because memory was lacking, since it had `made_way_at` tokens.
     """
 
     def __init__(self, sequence: Sequence, answer: Answer, stream: Stream) -> None:
         self.streams = [stream]
+        self.sequences = [sequence]
         self.made_way = 0
         self.made_way_at = 0
         self._sequence = sequence
         self._answer = answer
-
-    @property
-    def sequences(self) -> list[Sequence]:
-        """Those that run for it now."""
-        return [self._sequence]
 
     @property
     def session(self) -> Session:
@@ -68,7 +65,7 @@ class Turn:
             finish_reason=reason,
         )
 
-    def add(self, sequence: Sequence, drawn: Drawn) -> Delta:
+    def add(self, sequence: Sequence, drawn: Drawn) -> Delta | None:
         """Take in what a step gave to one of its sequences. Returns the news: with a reason, where it must end now."""
         assert drawn.token is not None
         sequence.tokens.append(drawn.token)
@@ -101,16 +98,26 @@ class Search(Turn):
         self._new_answer = new_answer
         self._best: list[Finished] = []
 
-    @property
-    def sequences(self) -> list[Sequence]:
-        return self._group.live
-
-    def add(self, sequence: Sequence, drawn: Drawn) -> Delta:
-        self._group.take(sequence, drawn.candidates)
+    def delta(
+        self,
+        state: TurnState,
+        text: str = "",
+        tokens: tuple[int, ...] = (),
+        logprobs: tuple[Logprob, ...] = (),
+        reason: FinishReason | None = None,
+    ) -> Delta:
+        """With the beams as they are, whatever becomes of the sequence that computed the prompt."""
         search = self._group.search
-        news = self.delta("decode", reason="stop" if search.is_over else None)
-        beams, finished = tuple(search.live), tuple(search.finished)
-        return news._replace(completion_tokens=search.length, beams=beams, finished=finished)
+        beams = tuple(search.live) if search.length else ()
+        told = super().delta(state, text, tokens, logprobs, reason)
+        return told._replace(completion_tokens=search.length, beams=beams, finished=tuple(search.finished))
+
+    def add(self, sequence: Sequence, drawn: Drawn) -> Delta | None:
+        """None where other beams are still to come."""
+        if not self._group.take(sequence, drawn.candidates):
+            return None
+        self.sequences = self._group.live
+        return self.delta("decode", reason="stop" if self._group.search.is_over else None)
 
     def end(self, scheduler: Scheduler, reason: FinishReason) -> list[Sequence]:
         if reason == "error":
@@ -121,18 +128,19 @@ class Search(Turn):
     def last(self, reason: FinishReason, error: str | None, news: Delta | None) -> list[Delta]:
         """Each stream hears one of the best answers; nothing, where so many were never possible."""
         deltas = [self._answered(finished, reason) for finished in self._best]
-        nothing = self.delta("done", reason=reason)._replace(completion_tokens=0)
+        nothing = self.delta("done", reason=reason)._replace(completion_tokens=0, beams=(), finished=())
         deltas += [nothing] * (len(self.streams) - len(deltas))
         return [delta._replace(error=error) for delta in deltas]
 
     def _answered(self, finished: Finished, reason: FinishReason) -> Delta:
-        """An answer as a whole. A search that was not cut off has found its end, or the longest that was allowed."""
-        answer, text, ending = self._new_answer(), "", None
-        for token in finished.tokens:
-            more, ending = answer.add(token)
-            text += more
-            if ending:
-                break
+        """An answer, up to the first stop string of the template, if it has one; the score is that of the whole.
+
+        Whatever ended the search, an answer that met its end has ended by that.
+        """
+        answer, text, ending, count = self._new_answer(), "", None, 0
+        while count < len(finished.tokens) and not ending:
+            more, ending = answer.add(finished.tokens[count])
+            text, count = text + more, count + 1
         text += "" if ending else answer.flush()
-        news = self.delta("done", text, finished.tokens, reason=ending if reason == "stop" and ending else reason)
-        return news._replace(completion_tokens=len(finished.tokens), score=finished.score)
+        news = self.delta("done", text, finished.tokens[:count], reason=ending or reason)
+        return news._replace(completion_tokens=count, beams=(), finished=(), score=finished.score)

@@ -20,7 +20,7 @@ those handed in first. And what has no probability never lives on: there are few
 possible, where transformers fills up with impossible ones.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from ctypes import c_float
 from dataclasses import dataclass
 from math import inf
@@ -57,7 +57,7 @@ class Beams:
         require_number("length_penalty", self.length_penalty, -5, 5)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise RequestError(
-                f"early_stopping is {shortened(self.early_stopping)}; it must be true, false or \"never\".",
+                f'early_stopping is {shortened(self.early_stopping)}; it must be true, false or "never".',
                 param="early_stopping",
             )
         require_whole("The number of answers", self.returned, 1, self.width, param="n")
@@ -151,10 +151,18 @@ class BeamSearch:
         moves = [
             Move(parent, token, _rounded(beam.score + logprob))
             for parent, (beam, tokens) in enumerate(zip(self.live, given, strict=True))
-            for token, logprob in tokens
-            if logprob > -inf
+            for token, logprob in self._that_count(tokens)
         ]
         return sorted(moves, key=lambda move: move.score, reverse=True)  # equal ones stay in their order
+
+    def _that_count(self, tokens: Iterable[tuple[int, float]]) -> Iterator[tuple[int, float]]:
+        """Of one beam's likeliest tokens those that can make a difference: `width` that end it, and `width` others."""
+        left = {True: self._wish.width, False: self._wish.width}
+        for token, logprob in tokens:
+            ends = token in self._stops
+            if left[ends] and logprob > -inf:
+                left[ends] -= 1
+                yield token, logprob
 
     def _ends(self, move: Move) -> bool:
         return self.length == self._max_tokens or move.token in self._stops

@@ -31,13 +31,15 @@ class BeamGroup:
         self._scheduler = scheduler
         self._session = first.session
         self._given: dict[Sequence, Iterable[tuple[int, float]]] = {}
-        self._rested: dict[Tokens, Sequence] = {}  # those of finished beams, by what they have generated
+        self._rested: dict[Tokens, Sequence] = {}  # of finished beams, whether or not they still rest
 
-    def take(self, beam: Sequence, candidates: Iterable[tuple[int, float]]) -> None:
-        """Take in what a beam could go on with. With the last of them all move on."""
+    def take(self, beam: Sequence, candidates: Iterable[tuple[int, float]]) -> bool:
+        """Take in what a beam could go on with. With the last of them all move on. Returns whether they have."""
         self._given[beam], beam.waits = candidates, True
-        if all(other.waits for other in self.live):  # one may have been preempted, or be out of the step's budget
-            self._move_on()
+        if not all(other.waits for other in self.live):  # one may have been preempted, or be out of the step's budget
+            return False
+        self._move_on()
+        return True
 
     def _move_on(self) -> None:
         before = [beam.tokens for beam in self.search.live]
@@ -52,7 +54,7 @@ class BeamGroup:
         sequences = {tokens: beam for parent in heirs for tokens, beam in self._hand_down(parent, heirs[parent])}
         for parent, beam in enumerate(self.live):
             if parent not in heirs:
-                self._scheduler.drop(beam, "a likelier beam went on")
+                self._scheduler.drop(beam, "the search is over" if self.search.is_over else "a likelier beam went on")
         self.live = [sequences[beam.tokens] for beam in self.search.live]
         for tokens in ended:
             self._rest(tokens, sequences[tokens])

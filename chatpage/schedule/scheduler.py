@@ -24,7 +24,6 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from chatpage.cache.pool import BlockPool, PoolFull
 from chatpage.cache.prefix import Node
@@ -160,8 +159,18 @@ class Scheduler:
         """
         number = next(self._ids)
         table = BlockTable(self.pool, number, session.domain, prompt.system_tokens)
-        wishes: dict[str, Any] = {"seed": seed, "draws": draws, "limit": limit}
-        sequence = Sequence(number, session, prompt, params, table, **wishes, width=width, candidates=candidates)
+        sequence = Sequence(
+            number,
+            session,
+            prompt,
+            params,
+            table,
+            seed=seed,
+            draws=draws,
+            limit=limit,
+            width=width,
+            candidates=candidates,
+        )
         if not session.active:
             # Having been away earns no credit: start level with the least served of those who are here.
             here = {s.session for s in (*self.running, *self.preempted, *self.waiting)}
@@ -442,7 +451,7 @@ class Scheduler:
             return
         for sequence in self._by_turn():
             taken = 0 if sequence.width > 1 and self._has_place(sequence.turn) else sequence.width
-            if not budget or taken > places:
+            if not budget or (taken > max(places, 0) and not self._nobody_computes()):
                 break
             places -= taken  # also for one that waits for a block: it is not overtaken for good
             if self._awaits_block(sequence) or self._awaits_prompt(sequence):
@@ -456,7 +465,7 @@ class Scheduler:
                 if self._must_await(sequence, matches):
                     continue
                 if not self._has_room(sequence, matches):
-                    if all(running.waits for running in self.running):  # nobody will make room by ending
+                    if self._nobody_computes():  # and so nobody will make room by ending
                         self._clear_the_way(sequence, step)
                     break
                 self._admit(sequence, sequence.table.take(matches))
@@ -466,10 +475,18 @@ class Scheduler:
             budget -= ran
 
     def _places(self) -> int:
-        """How many sequences may be started. A search has places for all its beams from the beginning."""
+        """How many sequences may be started. A search has places for all its beams from the beginning.
+
+        Less than 0 where there were more places when those who run began. Then, or for a search that is wider than what
+        is left of the places, somebody may start all the same if nobody would compute anything otherwise.
+        """
         beams = {s.turn: s.width for s in self.running if s.width > 1}
         others = sum(s.width == 1 for s in self.running)
         return self.max_sequences - others - sum(beams.values())
+
+    def _nobody_computes(self) -> bool:
+        """Whether all who run, if anybody does, are beams that wait for others."""
+        return all(sequence.waits for sequence in self.running)
 
     def _has_place(self, turn: int) -> bool:
         return any(running.turn == turn for running in self.running)

@@ -18,7 +18,7 @@ State = Literal["queued", "prefill", "decode", "preempted", "resting", "done"]
 
 
 class Sequence:
-    """One turn on its way through the engine.
+    """A reply, or one beam of a search, on its way through the engine.
 
     Attributes:
         tokens: the prompt, then what was generated.

@@ -137,10 +137,6 @@ def test_no_more_blocks_than_what_differs(folder: Path, width: int, length: int)
     assert sum(desk.core.pool.ref) == 0
 
 
-def pressed(folder: Path, blocks: int, **settings: Any) -> Desk:
-    return Desk(folder, kv_blocks=blocks, max_model_len=100, **settings)
-
-
 @pytest.mark.parametrize("seed", range(16))
 def test_pressure_changes_no_answer(folder: Path, seed: int) -> None:
     """Searches and others in a pool that is too small for all: beams are preempted one by one and all at once."""
@@ -155,23 +151,28 @@ def test_pressure_changes_no_answer(folder: Path, seed: int) -> None:
         _, streams = search(desk, tokens, beams, max_tokens=limit)
         desk.finish()
         expected.append([answer.tokens for answer in answers(streams)])
-    desk = pressed(folder, random.choice([34, 40, 50]), max_sequences=random.choice([8, 9, 20]), max_step_tokens=24)
+    blocks = random.choice([34, 40, 50])
+    settings: dict[str, Any] = {"max_model_len": 100, "max_sequences": random.choice([8, 9, 20]), "max_step_tokens": 24}
+    desk = Desk(folder, kv_blocks=blocks, **settings)
     desk.core.runner.overlaps = random.random() < 0.5
     given = [search(desk, tokens, beams, max_tokens=limit)[1] for tokens, beams, limit in asked]
     others = [desk.submit(words(n, 9), params=greedy(30)) for n in range(2)]
     desk.finish()
     ends = [read(other) for other in others]
     assert all(len(end.tokens) == 30 for end in ends)
-    for streams, (_, _, limit), wanted in zip(given, asked, expected, strict=True):
+    for streams, (tokens, beams, limit), wanted in zip(given, asked, expected, strict=True):
         got = [read(stream) for stream in streams]
         if all(answer.last.completion_tokens == limit for answer in got):
             assert [tuple(answer.tokens) for answer in got] == wanted
         else:  # it had the pool for itself, and that was not enough
-            assert {answer.reason for answer in got} == {"length"}
+            alone = Desk(folder, kv_blocks=blocks, **settings)
+            _, streams = search(alone, tokens, beams, max_tokens=limit)
+            alone.finish()
+            assert [answer.tokens for answer in got] == [read(stream).tokens for stream in streams]
 
 
 def test_a_search_that_fits_no_pool_ends_with_the_best_so_far(folder: Path) -> None:
-    desk = pressed(folder, 30)
+    desk = Desk(folder, kv_blocks=30, max_model_len=100)
     _, [stream] = search(desk, words(1, 3), Beams(8), max_tokens=90)
     desk.finish()
     answer = read(stream)
@@ -264,6 +265,37 @@ def test_what_readers_hear_meanwhile(folder: Path) -> None:
     assert all(delta.beams[0].score >= delta.beams[1].score >= delta.beams[2].score for delta in shown)
     assert (last.state, last.completion_tokens, bool(last.text)) == ("done", 6, True)
     assert last.tokens[:5] in {beam.tokens for beam in shown[-1].beams}
+
+
+def test_beams_that_make_way_do_not_vanish(folder: Path) -> None:
+    """Whoever watches them sees them all the time, also while some compute again."""
+    desk = Desk(folder)
+    _, [stream] = search(desk, words(4, 6), Beams(4), max_tokens=14)
+    heard: list[Delta] = []
+    walk(desk, 6)
+    desk.core.scheduler.preempt(desk.core.scheduler.running[0], "for this test")
+    desk.core._tell_preempted(desk.core.scheduler.preempted)
+    while desk.core.has_work:
+        desk.core.step()
+        heard, stream._pending = heard + stream._pending, []
+    counts = [delta.completion_tokens for delta in heard]
+    assert counts == sorted(counts)
+    assert "preempted" in {delta.state for delta in heard}
+    assert all(delta.beams for delta in heard if 0 < delta.completion_tokens < 14)
+
+
+def test_nothing_is_told_of_what_comes_after_a_template_s_stop_string(folder: Path) -> None:
+    desk = Desk(folder)
+    _, [stream] = search(desk, words(4, 6), Beams(3), max_tokens=20)
+    desk.finish()
+    whole = read(stream)
+    desk.core.template.stops = (whole.text[3:5],)
+    _, [stream] = search(desk, words(4, 6), Beams(3), max_tokens=20)
+    desk.finish()
+    cut = read(stream)
+    assert (cut.text, cut.reason) == (whole.text[:3], "stop")
+    assert cut.tokens == whole.tokens[: cut.last.completion_tokens]
+    assert len(cut.tokens) < 20
 
 
 def steps_of(desk: Desk) -> Iterator[int]:

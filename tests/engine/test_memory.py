@@ -16,8 +16,10 @@ from chatpage.core import NO_MEMORY
 from chatpage.errors import ModelError
 from chatpage.model.batch import Row
 from chatpage.model.step import Launched
+from chatpage.schedule.beam import Beams
 from tests.engine.desk import Desk, Tokens, words
 from tests.engine.harness import Answer, greedy, read
+from tests.engine.test_beams import search
 
 pytestmark = pytest.mark.usefixtures("overlaps")
 
@@ -199,6 +201,93 @@ def test_no_memory_for_anything_ends_all_answers_and_not_the_engine(folder: Path
     assert {(answer.reason, answer.deltas[-1].error) for answer in answers(desk)} == {("error", NO_MEMORY.error)}
     device.room = lambda rows: 1000
     assert [answer.tokens for answer in answers(desk)] == expected
+
+
+SEARCH = words(4, 6)
+
+
+def test_a_moment_without_memory_ends_no_search(folder: Path) -> None:
+    [expected] = searched(Desk(folder), 4)
+    for step in range(1, 9):
+        desk = Desk(folder)
+        device = Device(desk, lambda rows: 1000)
+        [stream] = search(desk, SEARCH, Beams(4), max_tokens=9)[1]
+        for _ in range(step):
+            desk.core.step()
+        device.room = lambda rows: 0
+        desk.core.step()
+        device.room = lambda rows: 1000
+        finish(desk)
+        assert device.failed
+        assert read(stream).tokens == expected
+
+
+def searched(desk: Desk, width: int) -> list[list[int]]:
+    _, streams = search(desk, SEARCH, Beams(width), max_tokens=9)
+    finish(desk)
+    return [read(stream).tokens for stream in streams]
+
+
+def test_beams_come_back_although_there_are_fewer_places_than_before(folder: Path) -> None:
+    """Two of four beams have no memory in one step, and the scheduler is slowed down to the other two."""
+    [expected] = searched(Desk(folder), 4)
+    desk = Desk(folder)
+    device = Device(desk, lambda rows: 1000)
+    _, [stream] = search(desk, SEARCH, Beams(4), max_tokens=9)
+    for _ in range(4):
+        desk.core.step()
+    unlucky = [sequence.table.blocks for sequence in desk.core.scheduler.running[2:]]
+    device.room = lambda rows: 0 if len(rows) > 2 or any(rows[0].table is blocks for blocks in unlucky) else 1000
+    desk.core.step()
+    device.room = lambda rows: 1000
+    later = desk.submit(PROMPTS[0], params=greedy(3))
+    finish(desk)
+    assert desk.counters["preempted"] >= 2
+    assert read(stream).tokens == expected
+    assert read(later).reason == "length"
+
+
+def test_a_search_wider_than_the_places_that_are_left_starts_when_nobody_runs(folder: Path) -> None:
+    [expected] = searched(Desk(folder), 4)
+    desk = Desk(folder)
+    device = Device(desk, lambda rows: 1000)
+    others = [desk.submit(words(n, 5), params=greedy(12)) for n in range(2)]
+    for _ in range(3):
+        desk.core.step()
+    device.room = lambda rows: 0 if len(rows) > 1 else 1000
+    desk.core.step()
+    device.room = lambda rows: 1000
+    assert desk.core.scheduler.max_sequences < 4
+    _, [stream] = search(desk, SEARCH, Beams(4), max_tokens=9)
+    finish(desk)
+    assert read(stream).tokens == expected
+    assert [read(other).reason for other in others] == ["length"] * 2
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_searches_and_memory_that_is_short_now_and_then(folder: Path, seed: int) -> None:
+    random, desk = Random(seed), Desk(folder, kv_blocks=60 if seed % 2 else 400, max_model_len=90, max_sequences=9)
+    expected = {width: searched(Desk(folder), width) for width in (2, 4)}
+    lacking = 0
+
+    def room(rows: list[Row]) -> int:
+        nonlocal lacking
+        left = random.choice([0, 1, 2, 5, 20, 1000, 1000]) if lacking < 3 else 1000
+        lacking = 0 if left else lacking + 1
+        return left
+
+    device = Device(desk, room)
+    asked = [(width, search(desk, SEARCH, Beams(width), max_tokens=9)[1]) for width in (4, 2, 4)]
+    others = [desk.submit(tokens) for tokens in PROMPTS[:3]]
+    finish(desk)
+    assert device.failed
+    given = [(expected[width][0], read(streams[0])) for width, streams in asked]
+    assert all(answer.tokens == tokens for tokens, answer in given if answer.reason != "error")
+    # Who is alone and lacks memory twice for the same token ends.
+    assert {answer.last.error for _, answer in given} | {read(other).last.error for other in others} <= {
+        None,
+        NO_MEMORY.error,
+    }
 
 
 def test_a_system_prompt_without_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

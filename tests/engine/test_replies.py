@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from chatpage.errors import Busy
+from chatpage.errors import Busy, RequestError
+from chatpage.schedule.beam import Beams
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Prompt, Request
 from chatpage.schedule.session import Session
@@ -192,6 +193,26 @@ def test_a_choice_that_comes_late_ends_nothing_of_the_next_turn(folder: Path) ->
     assert read(stream).reason == "length"
 
 
+def test_a_choice_among_replies_that_still_wait(folder: Path) -> None:
+    """The others end, and what rests of the turn before rests until the chosen one begins."""
+    desk = Desk(folder, max_sequences=1)
+    session = Session(1, "mine")
+    ask(desk, words(4, 6), 1, session=session)
+    while desk.core.has_work:
+        desk.core.step()
+    before = session.resting[:]
+    busy = desk.submit(words(9, 4))
+    desk.core.step()
+    _, streams = ask(desk, words(5, 6), 3, session=session)
+    desk.core.keep(session, 1)
+    assert session.resting == before
+    while desk.core.has_work:
+        desk.core.step()
+    assert [read(stream).reason for stream in streams] == ["abort", "length", "abort"]
+    assert [sequence.choice for sequence in session.resting] == [1]
+    assert read(busy).reason == "length"
+
+
 def test_a_failed_reply_ends_no_other(folder: Path) -> None:
     desk = Desk(folder)
     _, streams = ask(desk, words(4, 6), 3)
@@ -213,8 +234,15 @@ def test_a_failed_reply_ends_no_other(folder: Path) -> None:
 def test_replies_count_as_requests(launch: Any) -> None:
     engine = launch(max_sequences=2, max_queue=1)
     prompt = engine.prompt([{"role": "user", "content": "Hi"}])
-    with pytest.raises(Busy, match="3 requests"):
+    with pytest.raises(RequestError, match="n is 4; on this server at most 3 may run or wait"):
         engine.streams(Request(prompt, SamplingParams(max_tokens=4)), [None] * 4)
+    with pytest.raises(RequestError, match="A search that returns 2 has 1 listeners"):
+        engine.stream(Request(prompt, SamplingParams(temperature=0), beams=Beams(2, returned=2)))
+    waiting = engine.stream(Request(prompt, SamplingParams(max_tokens=200)))
+    with pytest.raises(Busy, match="3 requests"):
+        engine.streams(Request(prompt, SamplingParams(max_tokens=4)), [None] * 3)
+    waiting.cancel()
+    read(waiting)
     answers: list[Answer] = [
         read(stream) for stream in engine.streams(Request(prompt, SamplingParams(max_tokens=4)), [None] * 3)
     ]
