@@ -190,18 +190,28 @@ class Clerk:
     def _fits_with_its_search(self, sequence: Sequence) -> bool:
         """Whether the pool could hold it, and if it is a beam, all of them, each with an end of its own.
 
-        If what others need can be found: the same blocks may be there twice, where some had left the content tree.
+        If what others need can be found: the same tokens may be there twice, where some had left the content tree, or
+        had been in an idle block too.
         """
         if not sequence.candidates:
             return self.fits(len(sequence.tokens), sequence.system_tokens)
-        size, scheduler = self.pool.block_size, self.scheduler
+        scheduler, size = self.scheduler, self.pool.block_size
         if not all(other.table.is_findable for other in scheduler.running):
             return False
         beams = [s for s in (*scheduler.running, *scheduler.preempted) if self._first[s] is self._first[sequence]]
-        start = sequence.system_tokens // size * size + size
-        whole = {tuple(beam.tokens[:end]) for beam in beams for end in range(start, len(beam.tokens) + 1, size)}
+        whole = {content for beam in beams for content in self._whole(beam, len(beam.tokens))}
+        there = [(beam, self._whole(beam, beam.table.length)) for beam in beams]
+        at = sequence.system_tokens // size
+        blocks = {block for beam, its in there for block in beam.table.blocks[at : at + len(its)]}
+        twice = len(blocks) - len({content for _, its in there for content in its})
         ends = sum(len(beam.tokens) % size > 0 for beam in beams)
-        return len(whole) + ends <= self.pool.num_blocks - len(self.pool.pinned)
+        return len(whole) + ends + twice <= self.pool.num_blocks - len(self.pool.pinned)
+
+    def _whole(self, beam: Sequence, length: int) -> list[tuple[int, ...]]:
+        """What is in its whole blocks after the system prompt's, each with all that comes before."""
+        size = self.pool.block_size
+        start = beam.system_tokens // size * size + size
+        return [tuple(beam.tokens[:end]) for end in range(start, length + 1, size)]
 
     def _check_running(self, before: Before, step: Step) -> None:
         """All who run are in the step, oldest first, but for the newest, whose blocks others need."""
@@ -284,7 +294,8 @@ class Clerk:
         admitted = [before.admitted]
         for candidate in self._in_order(before, admitted):
             taken = 0 if self._first[candidate] in there else candidate.width  # a search has places for all its beams
-            if taken > places or not budget:
+            computes = left != started or any(s not in before.beams for s in before.running)  # somebody does
+            if not budget or (taken > max(places, 0) and computes):
                 break
             places -= taken
             if left and left[0].sequence is candidate:

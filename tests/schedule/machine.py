@@ -80,6 +80,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.events.listeners.append(self.hear)
         self.scheduler = Watched(self.pool, max_sequences=max_sequences, max_step_tokens=max_step_tokens)
         self.model = FakeModel(self.pool)
+        self.places = max_sequences
         self.overlaps = overlaps
         self.flight: FakeFlight | None = None
         self.lost: Counter[int] = Counter()  # how often each sequence lost its blocks
@@ -308,7 +309,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         keeps: int | None,
     ) -> None:
         """Searches of several visitors; in some steps they part, and lose blocks; and an answer may be kept."""
-        width = min(width, self.scheduler.max_sequences)
+        width = min(width, self.places)
         wish = replace(wish, width=width, returned=min(wish.returned, width))
         for n in range(number):
             session = self.visitors[(visitor + n) % VISITORS] if stays else self.session(visitor + n, keeps=False)
@@ -391,12 +392,19 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(masks=MASKS)
     def make_way(self, masks: list[int]) -> None:
-        """Before each of some steps the device has no memory for some who run: bit i says it of the i-th."""
+        """Before each of some steps the device has no memory for some who run: bit i says it of the i-th.
+
+        Then no more run for a while, as `Pace` has it.
+        """
+        scheduler = self.scheduler
         for mask in masks:
-            for n, sequence in enumerate(list(self.scheduler.running)):
+            for n, sequence in enumerate(list(scheduler.running)):
                 if mask >> n & 1:
-                    self.scheduler.preempt(sequence, "memory is full")
+                    scheduler.preempt(sequence, "memory is full")
+                    scheduler.max_sequences = max(1, len(scheduler.running) - 1)
             self.take_step()
+        if not any(masks):
+            scheduler.max_sequences = self.places
 
     @rule(who=WHO, which=st.sampled_from(["first", "another", "all"]))
     def regret(self, who: int, which: str) -> None:
@@ -701,7 +709,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def everybody_is_where_his_state_says(self) -> None:
         scheduler = self.scheduler
-        assert len(scheduler.running) <= scheduler.max_sequences
+        assert len(scheduler.running) <= self.places
         for queue in (scheduler.running, scheduler.preempted, scheduler.waiting):
             assert queue == sorted(queue, key=self.clerk.age), "not oldest first"
         chunks = self.flight.step.chunks if self.flight else []

@@ -107,6 +107,7 @@ class Searches:
 
     def __init__(self, scheduler: Scheduler, model: FakeModel, choice: dict[int, int]) -> None:
         self.scheduler, self.model, self.choice = scheduler, model, choice
+        self._most = scheduler.max_sequences  # it may be less for a while
         self.reasons: dict[int, str] = {}
         self._searches: dict[Sequence, Search] = {}  # by live beam
 
@@ -145,8 +146,8 @@ class Searches:
         forks = search.forks
         waiting = [other for other in group.live if other is not beam and other.waits]
         live = list(group.live)
-        group.take(beam, candidates)
         has_moved = len(waiting) == len(live) - 1
+        assert group.take(beam, candidates) == has_moved, "says that all have moved on, or that they have not"
         assert group.search.length == length + has_moved, "goes on without the others, or waits in vain"
         moment = search.moment
         kept = {tokens for tokens, _ in (moment.finished if moment.live else moment.best)}
@@ -239,7 +240,7 @@ class Searches:
         places = {s.turn: s.width for s in (*scheduler.running, *scheduler.preempted)}
         others = sum(s.width == 1 for s in (*scheduler.running, *scheduler.preempted))
         beams = sum(width for width in places.values() if width > 1)
-        assert others + beams <= scheduler.max_sequences, "more have places than there are"
+        assert others + beams <= self._most, "more have places than there are"
 
     def _check(self, search: Search) -> None:
         live, moment = search.group.live, search.moment
