@@ -1,12 +1,16 @@
 """The bundled model: its texts, its training, its weights.
 
 A tiny Llama that knows one subject, paged attention and this page, so that the page answers with no download.
-`corpus/` holds the texts, `texts` reads them, `lessons` makes conversations of them, `train` trains on those, and
-`evaluate` holds an exam. Importing this package loads neither torch nor transformers.
+`corpus/` holds the texts, `texts` reads them, `classifier` looks for unclear ones, `lessons` makes conversations of
+them, `train` trains on those, and `evaluate` holds an exam. Importing this package loads no torch and no transformers.
 """
 
 import json
 from pathlib import Path
+
+from chatpage.tutor.guide import suggestions
+
+__all__ = ["FACTS_FILE", "examples", "path", "suggestions", "system_prompt"]
 
 FACTS_FILE = "chatpage.json"
 """Beside the weights: the default system prompt, and how the model was trained."""

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from chatpage.tutor.judge import ask_back
 from chatpage.tutor.texts import Corpus
 
 PAD, END, SYSTEM, USER, ASSISTANT = range(5)
@@ -87,9 +88,11 @@ def parts(coder: PreTrainedTokenizerFast) -> dict[int, list[int]]:
 
 def texts(corpus: Corpus) -> Iterable[str]:
     """What the tokenizer learns its pieces from: answers as written, questions as the template shows them."""
-    for topic in corpus.topics:
-        for answer in (*topic.answers, *topic.short, *topic.why, *topic.example):
-            yield from [answer] * 3
+    for topic in corpus.topics.values():
+        for answers in topic.sentences.values():
+            yield from answers * 3
+        if topic.names:
+            yield from [ask_back([topic, topic])] * 3
         for question in topic.questions:
             yield f" {question}"
         for combination in topic.combinations:
