@@ -28,7 +28,7 @@ CONTEXT = 1024
 SHORT = 256
 """Tokens of a short row: a first question and what follows it. A long row fills the whole context with turns."""
 LONG_EVERY = 4
-SHARE = 2048
+SHARE = 1024
 """Rows that one process makes at a time, with a seed of their own."""
 IGNORE = -100
 
