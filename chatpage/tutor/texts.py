@@ -20,6 +20,7 @@ FOLDER = Path(__file__).parent / "corpus"
 SUBJECT_FILES = ("basics", "memory", "sharing", "scheduling", "panel", "page")
 UNSURE = "unsure.txt"
 HANDS = ("first", "a", "b", "c", "d")
+CLAUSES = ("how", "what", "when", "whether", "which", "who", "why")
 FOLLOW_UPS = ("why", "short", "again", "example", "simple", "more", "meaning")
 
 
@@ -138,12 +139,19 @@ def load(folder: Path = FOLDER) -> Corpus:
     words = load_words(folder / "words.txt")
     topics = load_topics(folder)
     for topic in topics.values():
-        if topic.names:
-            topic.combinations.append(Combination(words.patterns, topic.names))
+        topic.combinations += by_name(topic.names, words.patterns)
     for hand in HANDS:
         load_phrasings(folder, hand, topics)
     ambiguous, unsure = (load_messages(folder / name) for name in ("ambiguous.txt", UNSURE))
     return Corpus(topics, words, list(lines(folder / "systems.txt")), ambiguous, unsure)
+
+
+def by_name(names: list[str], patterns: list[str]) -> list[Combination]:
+    """Questions for a thing by its names; a name that is half a sentence, "how a token is found", stands alone."""
+    clauses = [name for name in names if name.split()[0] in CLAUSES]
+    things = [name for name in names if name not in clauses]
+    rules = [Combination(patterns, things), Combination(["{x}"], clauses)]
+    return [rule for rule in rules if rule.subjects]
 
 
 def load_topics(folder: Path = FOLDER) -> dict[str, Topic]:
