@@ -97,7 +97,7 @@ class Teacher:
         if not topics:
             message = self.rng.choice(self.ambiguous)
             options = self.meant(self.corpus.ambiguous[message])
-            return self.vary(message, short=True), options[0], options
+            return self.unseen(message, short=True), options[0], options
         topic = self.rng.choices(topics, [len(self.questions[topic.id]) ** 0.5 for topic in topics])[0]
         text = self.phrasing(topic)
         unsure = self.corpus.unsure.get(text)
@@ -123,7 +123,7 @@ class Teacher:
         others = {word for other in options if other is not topic for word in content_words(other.names[0])}
         telling = [word for word in content_words(topic.names[0]) if word not in others]
         names = [name.lower() for name in topic.names] + [f"the {word}" for word in telling] + telling
-        return self.vary(rng.choice(words.choices).replace("{x}", rng.choice(names)), short=True), topic
+        return self.unseen(rng.choice(words.choices).replace("{x}", rng.choice(names)), short=True), topic
 
     def follow(self, topic: Topic | None, told: list[str]) -> tuple[str, Topic | None, str]:
         """A follow-up, the topic it leads to, and what is said; without a topic there is nothing to follow up on."""
