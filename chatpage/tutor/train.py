@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,16 +125,13 @@ def make_rows(coder: PreTrainedTokenizerFast, plan: Plan, count: int, length: in
     """That many conversations, cut to `length` tokens and filled up with padding; on the CPU, by all its cores."""
     counts = [min(SHARE, count - start) for start in range(0, count, SHARE)]
     seeds = [f"{plan.seed} {length} {number}" for number in range(len(counts))]
-    everybody = len(counts)
-    with ProcessPoolExecutor(min(everybody, os.cpu_count() or 1)) as pool:
-        tokens = np.concatenate(
-            list(pool.map(share, [coder] * everybody, [plan] * everybody, seeds, counts, [length] * everybody))
-        )
+    with ProcessPoolExecutor(min(len(counts), os.cpu_count() or 1)) as pool:
+        tokens = np.concatenate(list(pool.map(partial(share, coder, plan, length), counts, seeds)))
     labels = np.where(answered(tokens), tokens, np.int16(IGNORE))
     return Rows(torch.from_numpy(tokens), torch.from_numpy(labels))
 
 
-def share(coder: PreTrainedTokenizerFast, plan: Plan, seed: str, count: int, length: int) -> np.ndarray:
+def share(coder: PreTrainedTokenizerFast, plan: Plan, length: int, count: int, seed: str) -> np.ndarray:
     """int16 [count, length]: the conversations of one teacher."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
     teacher = Teacher(texts.load(), seed, Mix(asking=plan.asking))
@@ -230,13 +228,13 @@ def train(out: Path, plan: Plan, device: torch.device) -> None:
     corpus = texts.load()
     coder = tokenizer.train(corpus, CONTEXT)
     count = min(plan.lessons, plan.steps * plan.rows)
-    short = make_rows(coder, plan, count, SHORT).to(device)
-    long = make_rows(coder, plan, max(1, count // 24), CONTEXT).to(device)
+    short = make_rows(coder, plan, count, SHORT)
+    long = make_rows(coder, plan, max(1, count // 24), CONTEXT)
     torch.manual_seed(plan.seed)
     model = LlamaForCausalLM(config(plan.size))
     torch.nn.Module.to(model, device)
     print(f"{count} short and {len(long.tokens)} long lessons made in {time.monotonic() - began:.0f} s", flush=True)
-    losses = fit(model, short, long, plan)
+    losses = fit(model, short.to(device), long.to(device), plan)
     seconds = round(time.monotonic() - began)
     training = {
         **asdict(plan),
