@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from chatpage.tutor import texts
 from chatpage.tutor.exam import exam
-from chatpage.tutor.texts import FOLDER, HANDS, UNSURE, Corpus, Topic, plain
+from chatpage.tutor.texts import HANDS, UNSURE, Corpus, Topic, plain
 
 BUCKETS = 1 << 16
 EPOCHS = 8
@@ -30,10 +30,6 @@ UNSURE_BELOW = 0.25
 """A right guess is not worth much where it is less sure than this."""
 THIRD = 0.08
 """The third likeliest topic is worth asking about from this chance on."""
-HEAD = """\
-# Phrasings that other hands' words do not carry, with the topics to ask between, the likeliest first. Written by
-# `python -m chatpage.tutor.classifier --write`; do not edit.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +172,7 @@ def main() -> None:
     for line in (*report(corpus, guesses), *examined(corpus)):
         print(line)
     if given.write:
-        lines = [f"{text} => {', '.join(options)}\n" for text, options in unsure(corpus, guesses).items()]
-        (FOLDER / UNSURE).write_text(HEAD + "".join(lines), encoding="utf-8")
+        texts.write_unsure(unsure(corpus, guesses))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,10 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "corpus"
 SUBJECT_FILES = ("basics", "memory", "sharing", "scheduling", "panel", "page")
 UNSURE = "unsure.txt"
+UNSURE_HEAD = """\
+# Phrasings that other hands' words do not carry, with the topics to ask between. Not to be edited: this is written by
+# `python -m chatpage.tutor.doubts`, which needs a GPU, or by `python -m chatpage.tutor.classifier --write`.
+"""
 HANDS = ("first", "a", "b", "c", "d")
 CLAUSES = ("how", "what", "when", "whether", "which", "who", "why")
 FOLLOW_UPS = ("why", "short", "again", "example", "simple", "more", "meaning")
@@ -119,6 +123,10 @@ class Corpus:
     def group(self, *names: str) -> list[Topic]:
         return [topic for topic in self.topics.values() if topic.group in names]
 
+    def leave_out(self, hand: str) -> None:
+        for topic in self.topics.values():
+            topic.phrasings.pop(hand, None)
+
     @property
     def subjects(self) -> list[Topic]:
         """The topics that are the model's subject: no small talk, nothing outside, no follow-ups."""
@@ -191,6 +199,11 @@ def load_messages(path: Path) -> dict[str, list[str]]:
         message, _, ids = line.rpartition(" => ")
         messages[message] = [id.strip() for id in ids.split(",")]
     return messages
+
+
+def write_unsure(messages: dict[str, list[str]], folder: Path = FOLDER) -> None:
+    lines = [f"{message} => {', '.join(ids)}\n" for message, ids in messages.items()]
+    (folder / UNSURE).write_text(UNSURE_HEAD + "".join(lines), encoding="utf-8")
 
 
 def load_words(path: Path) -> Words:

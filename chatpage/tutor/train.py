@@ -56,6 +56,8 @@ class Plan:
     rows: int
     size: str = SIZE
     asking: float = ASKING
+    without: str = ""
+    """A hand whose phrasings are left out."""
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
     warmup: int = 100
@@ -134,7 +136,9 @@ def make_rows(coder: PreTrainedTokenizerFast, plan: Plan, count: int, length: in
 def share(coder: PreTrainedTokenizerFast, plan: Plan, length: int, count: int, seed: str) -> np.ndarray:
     """int16 [count, length]: the conversations of one teacher."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
-    teacher = Teacher(texts.load(), seed, Mix(asking=plan.asking))
+    corpus = texts.load()
+    corpus.leave_out(plan.without)
+    teacher = Teacher(corpus, seed, Mix(asking=plan.asking))
     chats = [tokenizer.render(teacher.conversation(turns(teacher, length))) for _ in range(count)]
     parts = tokenizer.parts(coder)
     tokens = np.full((count, length), tokenizer.PAD, dtype=np.int16)

@@ -72,7 +72,7 @@ def test_unsure_phrasings_are_asked_back_with_their_own_topic() -> None:
     for text, ids in corpus.unsure.items():
         assert owners[text] in ids
         assert 2 <= len(set(ids)) == len(ids) <= 3
-    assert len(corpus.unsure) < 0.35 * len(owners)
+    assert len(corpus.unsure) < 0.6 * len(owners)
 
 
 def test_a_question_back_says_its_topics_in_order() -> None:

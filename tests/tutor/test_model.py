@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from chatpage import tutor
 from chatpage.tutor import texts, tokenizer
 from chatpage.tutor.card import card
+from chatpage.tutor.doubts import doubts
 from chatpage.tutor.evaluate import Examiner, Tutor
 from chatpage.tutor.exam import Question
+from chatpage.tutor.texts import HANDS
 from chatpage.tutor.train import SIZE, Plan, answered, config, make_rows, split_questions, train
 
 corpus = texts.load()
@@ -136,3 +139,20 @@ def test_the_package_loads_nothing_heavy() -> None:
         "assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_hand_is_left_out_and_what_it_says_is_asked_back(monkeypatch) -> None:
+    """With a tutor that takes everything for a greeting or for the question about blocks."""
+    left_out: list[str] = []
+    monkeypatch.setattr("chatpage.tutor.doubts.train", lambda folder, plan, device: left_out.append(plan.without))
+    answers = [corpus.topics["hi"].answers[0], corpus.topics["block"].answers[0]]
+    parrot = SimpleNamespace(answers=lambda chats: [(answers[number % 2], True) for number in range(len(chats))])
+    monkeypatch.setattr("chatpage.tutor.doubts.Tutor", lambda folder: parrot)
+    found = doubts(corpus, Plan(steps=1, rows=1), torch.device("cpu"))
+    assert tuple(left_out) == HANDS
+    owners = {text: topic.id for topic in corpus.subjects for text in topic.questions}
+    assert 0.98 * len(owners) < len(found) < len(owners)
+    for text, ids in found.items():
+        assert owners[text] in ids
+        assert 2 <= len(set(ids)) == len(ids) <= 3
+        assert not {"hi"} & set(ids)
