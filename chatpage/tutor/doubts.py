@@ -19,18 +19,21 @@ from chatpage.tutor.judge import Judge
 from chatpage.tutor.texts import HANDS, Corpus, Topic
 from chatpage.tutor.train import SIZE, SIZES, Plan, train
 
+BEGINNING = 24
+"""Tokens of an answer that tell its topic."""
+
 
 def doubts(corpus: Corpus, plan: Plan, device: torch.device) -> dict[str, list[str]]:
     """The phrasings that a tutor without their hand got wrong, with two or three topics to ask between."""
     judge = Judge(corpus.topics.values())
-    topic_of = functools.cache(lambda answer: judge.nearest(answer).topic)  # the same answers come again and again
+    topic_of = functools.cache(functools.partial(begun, judge))  # the same answers come again and again
     found: dict[str, list[str]] = {}
     for hand in HANDS:
         with TemporaryDirectory() as folder:
             train(Path(folder), replace(plan, without=hand), device)
             tutor = Tutor(Path(folder))
         asked = [(topic, text) for topic in corpus.subjects for text in topic.phrasings.get(hand, [])]
-        answers = tutor.answers([[{"role": "user", "content": text}] for _, text in asked])
+        answers = tutor.answers([[{"role": "user", "content": text}] for _, text in asked], BEGINNING)
         taken = [topic_of(answer) for answer, _ in answers]
         wrong = {
             text: options(corpus, topic, text, id)
@@ -40,6 +43,15 @@ def doubts(corpus: Corpus, plan: Plan, device: torch.device) -> dict[str, list[s
         print(f"hand {hand}: {len(asked)} phrasings, understood {1 - len(wrong) / len(asked):.0%}", flush=True)
         found |= wrong
     return found
+
+
+def begun(judge: Judge, beginning: str) -> str:
+    """The topic of the sentence that begins so, or of the nearest one."""
+    if beginning:
+        for topic, _, text, _ in judge.sentences:
+            if text.startswith(beginning):
+                return topic
+    return judge.nearest(beginning).topic
 
 
 def options(corpus: Corpus, topic: Topic, text: str, taken: str) -> list[str]:

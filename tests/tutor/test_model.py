@@ -145,8 +145,10 @@ def test_a_hand_is_left_out_and_what_it_says_is_asked_back(monkeypatch) -> None:
     """With a tutor that takes everything for a greeting or for the question about blocks."""
     left_out: list[str] = []
     monkeypatch.setattr("chatpage.tutor.doubts.train", lambda folder, plan, device: left_out.append(plan.without))
-    answers = [corpus.topics["hi"].answers[0], corpus.topics["block"].answers[0]]
-    parrot = SimpleNamespace(answers=lambda chats: [(answers[number % 2], True) for number in range(len(chats))])
+    answers = [corpus.topics["hi"].answers[0], corpus.topics["block"].answers[0][:60]]
+    parrot = SimpleNamespace(
+        answers=lambda chats, length: [(answers[number % 2], True) for number in range(len(chats))]
+    )
     monkeypatch.setattr("chatpage.tutor.doubts.Tutor", lambda folder: parrot)
     found = doubts(corpus, Plan(steps=1, rows=1), torch.device("cpu"))
     assert tuple(left_out) == HANDS
