@@ -868,7 +868,7 @@ def walk(seed: int, steps: int = 60, counts: Counter[str] | None = None) -> int:
         }
     favours = [random.random() ** 2 for _ in rules]  # each walk likes some rules better than others
     if searches:
-        names, crowd = list(rules), 1 + 9 * (seed % 7 == 6)
+        names, crowd = list(rules), 10 if seed % 7 == 6 else 1  # in some walks there is hardly anything but searches
         favours[names.index("search")] *= 4 * crowd
         favours[names.index("make_way")] *= 2 * crowd
     for name in random.choices(list(rules), favours, k=steps):
