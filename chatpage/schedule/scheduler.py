@@ -405,7 +405,7 @@ class Scheduler:
                 if victim.is_in_flight:
                     step.lacks_room = True
                     return False
-                if len(self.running) == 1:
+                if victim is sequence and all(s is victim or _waits_for(s, victim) for s in self.running):
                     step.exhausted.append(sequence)  # it has taken from all others
                     return False
                 self.preempt(victim, "the pool is full")
@@ -594,6 +594,11 @@ class Scheduler:
             needed += is_held(matches[-1][0].block)  # its first write will copy it
         revived = sum(not is_held(node.block) for node, _ in matches)
         return pool.available + len(released) - revived >= needed
+
+
+def _waits_for(a: Sequence, b: Sequence) -> bool:
+    """Whether `a` can only go on when `b` has caught up, as both are beams of one search."""
+    return a.waits and a.turn == b.turn
 
 
 def _share(a: Sequence, b: Sequence) -> bool:

@@ -33,8 +33,9 @@ def test_walks() -> None:
 
 # Walks in which a copy is made of what fails; in which several replies rest beside one that fails, or one of them rests
 # after another session; in which the first reply comes back after others have, or rests before they begin; in which a
-# search fails of which something rests; and in which searches make way for another one.
-RARE = [4160, 2899, 408, 665, 1145, 60, 125, 489, 3387]
+# search fails of which something rests; in which searches make way for another one; and in
+# which a beam, chunk by chunk, comes back to a pool that cannot hold its search.
+RARE = [4160, 2899, 408, 665, 1145, 60, 125, 489, 3387, 32010]
 
 OWNERS = Scheduler, Step, Chunk, Sequence, BeamGroup, BlockTable  # the first of them that has the method, or is named
 
@@ -68,7 +69,8 @@ FAULTS = [
     ("publishes nothing", "finish", "sequence.table.publish(sequence.tokens, sequence.computed)", "pass"),
     ("publishes a step too early", "finish", "sequence.computed)", "sequence.computed + 1)"),
     ("preempts while tables rest", "_append", "if self._release_longest_resting():", "if False:"),
-    ("ends what would fit later", "_append", "len(self.running) == 1", "victim is sequence"),
+    ("ends what would fit later", "_append",
+     " and all(s is victim or _waits_for(s, victim) for s in self.running)", ""),
     ("takes the blocks of one that can only end", "_append",
      "step.exhausted.append(sequence)  # it has taken from all others\n                return False",
      "step.exhausted.append(sequence)"),
@@ -222,6 +224,7 @@ FAULTS = [
     ("clears the way as soon as somebody waits", "_nobody_computes", "all(", "any("),
     ("says that beams have moved on", "take", "return False", "return True"),
     ("says that beams wait", "take", "return True", "return False"),
+    ("starts a beam again and again that will never fit", "_append", " or _waits_for(s, victim)", ""),
     ("lets a beam clear the way of its own search", "_clear_the_way", "if s.turn != sequence.turn), None", "), None"),
     ("clears the oldest out of the way", "_clear_the_way", "reversed(self.running)", "self.running"),
     ("clears all out of the way", "_clear_the_way", "if s.turn == newest", "if s.turn != sequence.turn"),
