@@ -7,13 +7,23 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 import uvicorn
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Error, Request, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Dialog,
+    Error,
+    Request,
+    TimeoutError,
+    sync_playwright,
+)
 
 from chatpage import tutor
 from chatpage.engine import Engine
@@ -23,6 +33,9 @@ from tests.checkpoints import make
 
 STEP = 0.03  # seconds that a slowed step takes at least
 TIMEOUT = 20_000  # ms; much more than anything takes on a machine that has nothing else to do
+# What was written has gone, or a toast says why not; a blank message is not heard at all.
+IS_HEARD = """text => !text.trim() || document.querySelector('#message textarea')?.value !== text
+    || document.querySelector('.toast-body') !== null"""
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -33,6 +46,13 @@ FLAGS = [
     "--disable-sync",
     "--disable-features=LocalNetworkAccessChecks",  # a test frames this machine's page in one of another origin
 ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test of the page that waited in vain runs once more: Gradio loses an event now and then (`Visitor.send`)."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=["TimeoutError"]))
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +115,17 @@ class Visitor:
         self.page.locator("#message textarea").fill(text)
 
     def send(self, text: str) -> None:
+        """Press Enter, and once more if nothing comes of it.
+
+        Gradio loses an event that is asked for in the very moment in which the stream of the one before ends. The text
+        stays where it is then, and a visitor would press again.
+        """
         self.write(text)
         self.page.locator("#message textarea").press("Enter")
+        try:
+            self.page.wait_for_function(IS_HEARD, arg=text, timeout=TIMEOUT / 2)
+        except TimeoutError:
+            self.page.locator("#message textarea").press("Enter")
 
     def ask(self, text: str) -> str:
         """Send, and wait for the end of the answer."""
