@@ -24,6 +24,8 @@ UNSURE_HEAD = """\
 # `python -m chatpage.tutor.doubts`, which needs a GPU, or by `python -m chatpage.tutor.classifier --write`.
 """
 HANDS = ("first", "a", "b", "c", "d")
+OUTSIDE_HANDS = ("e", "f")
+"""Hands that wrote questions outside the subject only."""
 CLAUSES = ("how", "what", "when", "whether", "which", "who", "why")
 FOLLOW_UPS = ("why", "short", "again", "example", "simple", "more", "meaning")
 
@@ -148,7 +150,7 @@ def load(folder: Path = FOLDER) -> Corpus:
     topics = load_topics(folder)
     for topic in topics.values():
         topic.combinations += by_name(topic.names, words.patterns)
-    for hand in HANDS:
+    for hand in (*HANDS, *OUTSIDE_HANDS):
         load_phrasings(folder, hand, topics)
     ambiguous, unsure = (load_messages(folder / name) for name in ("ambiguous.txt", UNSURE))
     return Corpus(topics, words, list(lines(folder / "systems.txt")), ambiguous, unsure)
