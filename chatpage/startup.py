@@ -46,10 +46,13 @@ class Startup:
         self.notes: list[str] = []
         self._require_possible()
         self.runner = ModelRunner(loaded, num_blocks=1, block_size=settings.block_size, max_rows=settings.max_sequences)
-        self._records = self._use_kernels()
+        has_kernels = self._records = self._use_kernels()
         self.max_model_len = self._make_pool()
         if self._records:
             self._record_steps()
+        if has_kernels and not self._records:
+            self._say("Compiling the attention kernels")
+            self.runner.compile_steps(max_context=self.max_model_len)
 
     def _require_possible(self) -> None:
         longest, allowed = self._settings.max_model_len, self._loaded.max_positions

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chatpage.kernels.softmax import Left, answer, attend, empty, leave, tile
-from chatpage.kernels.target import EARLY
+from chatpage.kernels.target import launched_early, let_the_next_one_begin, wait_for_the_one_before
 
 
 class Shape(NamedTuple):
@@ -28,6 +28,7 @@ class Shape(NamedTuple):
 # Measured on an H200 with heads of 128 numbers (`benchmarks/RESULTS.md`): what is fastest where these programs have the
 # GPU to themselves, and where they must find room beside those that attend to shared keys.
 ALONE, BESIDE = Shape(64, 2, 3), Shape(32, 1, 3)
+CROWDED = 200  # programs: from here on they are made small, so that they fit beside shared tasks
 
 
 @triton.jit
@@ -37,16 +38,16 @@ def _decode(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_the_next_one_begin()
     kv_head, task = tl.program_id(0), tl.program_id(1)
     row, begin = tl.load(tasks + task * 4), tl.load(tasks + task * 4 + 1)
     end, table = tl.load(tasks + task * 4 + 2), tables + tl.load(tasks + task * 4 + 3)
+    is_alone = tl.load(rows + row * 8 + 1) + tl.load(rows + row * 8 + 3) == 1
+    wait_for_the_one_before()
     if begin == end:
         return
-    is_alone = tl.load(rows + row * 8 + 1) + tl.load(rows + row * 8 + 3) == 1
 
     group: tl.constexpr = HEADS // KV_HEADS
     member = tl.arange(0, ROWS)
@@ -111,12 +112,13 @@ def attend_decodes(
     """
     _, block_size, kv_heads, key_size = keys.shape
     heads, value_size = query.shape[1], values.shape[3]
-    shape = BESIDE if beside else ALONE
+    shape = BESIDE if beside and len(rows) * kv_heads >= CROWDED else ALONE
+    early = {} if beside else launched_early()  # it must not take the place of the other, which takes longer
     _decode[(kv_heads, len(tasks))](
         query, keys, values, tables, tasks, rows, out, sinks, *left,
         query.stride(0), query.stride(1), scaling, softcap or 0.0,
         heads, kv_heads, key_size, value_size, tile(key_size), tile(value_size),
         block_size, softcap is not None, sinks is not None,
-        max(16, triton.next_power_of_2(heads // kv_heads)), shape.keys, EARLY,
-        num_warps=shape.warps, num_stages=shape.stages,
+        max(16, triton.next_power_of_2(heads // kv_heads)), shape.keys,
+        num_warps=shape.warps, num_stages=shape.stages, **early,
     )  # fmt: skip

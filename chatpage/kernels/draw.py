@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chatpage.kernels.softmax import LOG2_E
-from chatpage.kernels.target import EARLY, launched_early
+from chatpage.kernels.target import launched_early, let_the_next_one_begin, wait_for_the_one_before
 
 TILE = tl.constexpr(1024)  # logits
 AT_ONCE = tl.constexpr(4)  # tiles that a program reads at once
@@ -59,10 +59,9 @@ def _scale(temperature):
 
 
 @triton.jit
-def _measure(logits, stride, size, wishes, notes, TILES: tl.constexpr, EARLY: tl.constexpr):
+def _measure(logits, stride, size, wishes, notes, TILES: tl.constexpr):
     """Note the largest logit of some tiles, +∞ where one is no number, and what they weigh if the row is random."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_the_next_one_begin()
     row = tl.program_id(1)
     tiles = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
     notes += row * NOTES * TILES + tiles
@@ -269,11 +268,10 @@ def _greedy(logits, size, largest, tops, TILES: tl.constexpr):
 @triton.jit
 def _choose(
     logits, stride, size, wishes, points, notes, tokens,
-    UNUSED: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
+    UNUSED: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The token of a row, −1 where its largest logit is not a finite number."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
+    wait_for_the_one_before()
     index = tl.program_id(0)
     logits += index.to(tl.int64) * stride
     notes += index * NOTES * TILES
@@ -308,9 +306,9 @@ def draw(logits: Tensor, wishes: Tensor, points: Tensor, tokens: Tensor) -> None
     room = max(AT_ONCE.value, triton.next_power_of_2(tiles))
     notes = torch.empty(rows, NOTES.value, room, dtype=torch.float32, device=logits.device)
     _measure[(triton.cdiv(tiles, AT_ONCE.value), rows)](
-        logits, logits.stride(0), size, wishes, notes, room, EARLY, num_warps=MEASURE_WARPS
+        logits, logits.stride(0), size, wishes, notes, room, num_warps=MEASURE_WARPS
     )
     _choose[(rows,)](
-        logits, logits.stride(0), size, wishes, points, notes, tokens, UNUSED_BITS[logits.dtype], room, EARLY,
+        logits, logits.stride(0), size, wishes, points, notes, tokens, UNUSED_BITS[logits.dtype], room,
         num_warps=CHOOSE_WARPS, **launched_early(),
     )  # fmt: skip

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chatpage.kernels.softmax import Left, answer, empty, tile
-from chatpage.kernels.target import EARLY, launched_early
+from chatpage.kernels.target import launched_early, wait_for_the_one_before
 
 FEW, MANY = 4, 32  # states that a program reads at once
 
@@ -38,15 +38,14 @@ def _merged(
 def _merge(
     rows, own_answers, own_sums, shared_answers, shared_sums, sinks, out,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SHARED_ROWS: tl.constexpr, SINKS: tl.constexpr,
-    SIZE: tl.constexpr, TILE: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr,
+    SIZE: tl.constexpr, TILE: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     head, row = tl.program_id(0), tl.program_id(1)
     first_own, own = tl.load(rows + row * 8), tl.load(rows + row * 8 + 1)
     first_shared, shared, place = tl.load(rows + row * 8 + 2), tl.load(rows + row * 8 + 3), tl.load(rows + row * 8 + 4)
+    wait_for_the_one_before()
     if own + shared <= 1:
         return  # it is answered already, or there is no such row
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
     group: tl.constexpr = HEADS // KV_HEADS
     state = _merged(
         empty(1, TILE), own_answers, own_sums, first_own, own, head, HEADS, SIZE, TILE, AT_ONCE
@@ -84,6 +83,6 @@ def merge(
     _merge[(heads, len(rows))](
         rows, *own, *shared, sinks, out,
         heads, kv_heads, shared_rows, sinks is not None,
-        value_size, tile(value_size), MANY if many else FEW, EARLY,
+        value_size, tile(value_size), MANY if many else FEW,
         num_warps=1, **launched_early(),
     )  # fmt: skip

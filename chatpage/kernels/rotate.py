@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chatpage.kernels.target import launched_early, let_the_next_one_begin, wait_for_the_one_before
+
 
 class Turn(NamedTuple):
     """How heads are turned.
@@ -36,12 +38,14 @@ def _turn_and_store(
     heads, cos, sin, query_norm, key_norm, slots, query, keys, values, epsilon,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
+    let_the_next_one_begin()
     head, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, TILE)
     inside = at < SIZE
     source = heads + token * (HEADS + 2 * KV_HEADS) * SIZE + head * SIZE
-    numbers = tl.load(source + at, mask=inside, other=0.0)
     slot = tl.load(slots + token).to(tl.int64)
+    wait_for_the_one_before()
+    numbers = tl.load(source + at, mask=inside, other=0.0)
     if head >= HEADS + KV_HEADS:
         if slot >= 0:
             tl.store(values + (slot * KV_HEADS + head - HEADS - KV_HEADS) * SIZE + at, numbers, mask=inside)
@@ -81,6 +85,6 @@ def turn_and_store(heads: Tensor, turn: Turn, keys: Tensor, values: Tensor, slot
     _turn_and_store[(count, tokens)](
         heads, turn.cos, turn.sin, turn.query_norm, turn.key_norm, slots, query, keys, values, turn.epsilon,
         count - 2 * kv_heads, kv_heads, size, triton.next_power_of_2(size), norms,
-        num_warps=1,
+        num_warps=1, **launched_early(),
     )  # fmt: skip
     return query

@@ -29,7 +29,6 @@ from chatpage.model.kv import KVPool
 from chatpage.model.plan import Ints, Kind, Plan, count_decodes, find_sharing, make_plan
 
 CPU_PROCESSORS = 8  # under Triton's interpreter
-CROWDED = 200  # programs for own keys: from here on they are made small, so that they fit beside shared tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +175,7 @@ class KernelAttention:
                 plan.rows,
                 own,
                 out,
-                beside=len(plan.shared) > 0 and len(plan.rows) * kv_heads >= CROWDED,
+                beside=len(plan.shared) > 0,
                 scaling=scaling,
                 softcap=softcap,
                 sinks=sinks,

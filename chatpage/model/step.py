@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 Copy = Callable[[list[tuple[int, int]]], None]
 
+CONTEXTS = (64, 512, 2048, 8192)  # tokens: some are shared and some are not, some are split and some are not
+
 # A wish that takes more memory than any other.
 DEAREST = SamplingParams(
     top_k=50, top_p=0.9, min_p=0.1, repetition_penalty=1.1, presence_penalty=0.1, logit_bias=((0, 1.0),), logprobs=20
@@ -89,6 +91,7 @@ class ModelRunner:
                 self._forward, self._attention = forward, PagedAttention
                 self._copier = lambda pool: BlockCopier(pool.tensors).copy
                 self._copy = self._copier(self.pool)
+                self._copy([(0, 1)])  # compiles it, before somebody waits for that
                 return
         raise ModelError("the kernels give other logits than plain PyTorch")
 
@@ -106,6 +109,20 @@ class ModelRunner:
         from chatpage.model.frame import sizes
 
         self._graphs = self._record(sizes(len(self._last.tokens), max_tokens), max_blocks, say)
+
+    def compile_steps(self, *, max_context: int) -> None:
+        """Run decodes of many numbers and lengths once: nothing is compiled later, while somebody waits.
+
+        Where steps are recorded, that has compiled all there is.
+        """
+        from chatpage.model.frame import DECODES
+
+        rows = len(self._last.tokens)
+        contexts = [*(length for length in CONTEXTS if length < max_context), max_context]
+        for count in [*(count for count in DECODES if count < rows), rows]:
+            for context in contexts:
+                table = [0] * -(-context // self.pool.block_size)
+                self.run([Row([0], context - 1, table, store=False)] * count)
 
     def _record(self, wanted: "list[Size]", max_blocks: int, say: Callable[[str], None]) -> "Graphs":
         from chatpage.model.graph import Graphs

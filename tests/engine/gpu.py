@@ -63,6 +63,10 @@ class FakeGPU:
             def record_steps(self, *, max_tokens: int, max_blocks: int, say: Callable[[str], None]) -> None:
                 gpu.do("record", gpu.recording)
 
+            def compile_steps(self, *, max_context: int) -> None:
+                gpu.do(f"compile {max_context}", None)
+                super().compile_steps(max_context=max_context)
+
         monkeypatch.setattr(core, "load", load_there)
         monkeypatch.setattr(startup, "ModelRunner", Runner)
         monkeypatch.setattr(startup, "free_memory", lambda device: self.memory)

@@ -78,10 +78,13 @@ def generate(module: Any, prompt: Tokens, beams: Beams, limit: int, bias: float,
 
 
 def test_the_answers_are_those_of_transformers(family: tuple[Path, Any]) -> None:
-    """Many searches in the same steps, in chunks, beside somebody who is greedy."""
     folder, module = family
+    search_as_transformers(Desk(folder, max_step_tokens=40, max_sequences=24), module)
+
+
+def search_as_transformers(desk: Desk, module: Any) -> None:
+    """Many searches in the same steps, in chunks, beside somebody who is greedy."""
     random = Random(1)
-    desk = Desk(folder, max_step_tokens=40, max_sequences=24)
     # Whatever else the checkpoint ends at would end these too.
     desk.core.stop_token_ids = frozenset()
     wanted: list[list[Finished]] = []

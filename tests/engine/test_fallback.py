@@ -38,7 +38,7 @@ def test_the_kernels_need_a_gpu(launch: Callable[..., Engine]) -> None:
         ),
         (
             FakeGPU(recording=RuntimeError("")),
-            ["kernels", "try 2048 recorded", "try 2048", "pool"],
+            ["kernels", "try 2048 recorded", "try 2048", "pool", "compile 320"],
             "This model's steps cannot be recorded as graphs, so they are slow: RuntimeError.",
         ),
     ],
