@@ -1,5 +1,5 @@
 // The page's own buttons: at the messages ‹ 2/3 ›, where branches part, and "Fork here"; at replies that stand side by
-// side "Use this one"; above them the tab's chats.
+// side "Use this one"; above them the tab's chats. And a name for the buttons that are Gradio's: what to ask next.
 //
 // Gradio's Chatbot takes no buttons of ours, so they are put at the end of the row of buttons that it draws below each
 // message. It draws and drops those rows as it likes; whenever something changes in there, what is missing is put back.
@@ -188,6 +188,20 @@ function drawChats({ chats: all, shown }) {
   all.forEach((chat, index) => updateChat(chats.children[index], chat, shown))
 }
 
+// -- what to ask next: Gradio draws these buttons below the last answer -------------------------------------------------
+
+function nameOptions() {
+  const options = card.querySelector('#chat .options')
+  if (!options) return
+  setAttribute(options, 'role', 'group')
+  setAttribute(options, 'aria-label', 'Ask next')
+}
+
+/** The button goes away when it is clicked. Whoever has done that by key goes on writing. */
+card.addEventListener('click', (event) => {
+  if (event.detail === 0 && event.target.closest('#chat .options')) card.querySelector('#message textarea').focus()
+})
+
 // -- when ---------------------------------------------------------------------------------------------------------------
 
 let planned = 0
@@ -197,6 +211,7 @@ function draw() {
   drawChats(props.value)
   drawReplies(props.value)
   drawBars(props.value)
+  nameOptions()
 }
 
 function plan() {

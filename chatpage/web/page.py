@@ -23,7 +23,7 @@ from chatpage.engine import Engine, Stream
 from chatpage.errors import ChatPageError, RequestError
 from chatpage.schedule.request import Delta
 from chatpage.settings import Settings
-from chatpage.web import page_replies
+from chatpage.web import page_replies, page_tutor
 from chatpage.web.page_settings import CUSTOM, PageSettings, presets
 from chatpage.web.page_text import Progress, drawn, plain
 from chatpage.web.page_theme import theme
@@ -78,18 +78,19 @@ KEYS_JS = """
 def examples(settings: Settings) -> list[str]:
     """Questions to begin with."""
     if settings.model is None:
-        return [
-            "What is a KV cache?",
-            "Why does contiguous reservation waste memory?",
-            "What is a block table?",
-            "What is copy-on-write?",
-        ]
+        return page_tutor.examples()
     return [
         "What can you help me with?",
         "Explain virtual memory to a ten-year-old.",
         "Write a haiku about memory.",
         "Name three uses of a hash table.",
     ]
+
+
+def _placeholder(settings: Settings) -> str:
+    """What an empty chat says."""
+    welcome = page_tutor.WELCOME if settings.model is None else "### Ask something\n"
+    return f"{welcome}Your words take blocks of the pool that is drawn beside this chat."
 
 
 def build(engine: Engine, settings: Settings) -> gr.Blocks:
@@ -177,7 +178,7 @@ class Page:
                 allow_tags=False,
                 feedback_options=None,
                 allow_file_downloads=False,
-                placeholder="### Ask something\nYour words take blocks of the pool that is drawn beside this chat.",
+                placeholder=_placeholder(self.settings),
                 examples=[{"text": text} for text in examples(self.settings)],
             )
             # Beams are text that a model wrote: it is no part of the template, which Gradio would run.
@@ -199,6 +200,8 @@ class Page:
         with gr.Row(elem_id="below"):
             self.new = gr.Button("New chat", elem_id="new-chat", size="sm", scale=0, min_width=96)
             gr.HTML(KEYS, elem_id="keys")
+        if self.settings.model is None:
+            gr.HTML(page_tutor.REAL_MODEL, elem_id="real-model")
 
     # -- what happens ---------------------------------------------------------------------------------------------
 
@@ -210,7 +213,8 @@ class Page:
         answer: list[Any] = [self.chat, self.buttons, self.beams, self.message, self.status, self.viewer]
 
         self.message.submit(self.send, wishes, answer, **many)
-        self.chat.example_select(self.ask_example, wishes, answer, **many)
+        self.chat.example_select(self.ask_offered, wishes, answer, **many)
+        self.chat.option_select(self.ask_offered, wishes, answer, **many)
         self.chat.retry(self.retry, wishes, answer, **many)
         self.chat.edit(self.edit, wishes, answer, **many)
         self.buttons.click(self.press, self.message, answer, **many)
@@ -276,12 +280,17 @@ class Page:
         else:
             yield {self.status: gr.skip()}
 
-    async def ask_example(
+    async def ask_offered(
         self, values: dict[Any, Any], event: gr.SelectData, request: gr.Request
     ) -> AsyncIterator[dict[Any, Any]]:
-        text = event.value["text"]
-        async for update in self._answer(values, request, lambda talk: partial(talk.say, text)):
-            yield update
+        """A question that the page offers: an example, or one to go on with. The browser may send anything."""
+        match event.value:
+            case {"text": str(text)} | str(text):
+                async for update in self._answer(values, request, lambda talk: partial(talk.say, text)):
+                    yield update
+            case _:
+                _warn("This is no question; load the page again.")
+                yield {self.status: gr.skip()}
 
     async def retry(self, values: dict[Any, Any], request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
         async for update in self._answer(values, request, lambda talk: talk.regenerate):
@@ -426,11 +435,18 @@ class Page:
         """All that the page shows of a tab's chats."""
         conversation = tab.shown.conversation
         return {
-            self.chat: drawn(page_replies.messages(conversation)),
+            self.chat: self._said(conversation),
             self.message: _busy() if conversation.busy else _idle(),
             self.viewer: _viewer(tab),
             **self._beside(tab),
         }
+
+    def _said(self, conversation: Conversation) -> list[dict[str, Any]]:
+        """The messages; the bundled tutor's last one with what may be asked next."""
+        messages = drawn(page_replies.messages(conversation))
+        if self.settings.model is None and (options := page_tutor.options(conversation)):
+            messages[-1]["options"] = options
+        return messages
 
     def _beside(self, tab: Tab) -> dict[Any, Any]:
         """What is drawn around the messages, and changes with each token."""
@@ -518,7 +534,7 @@ def _facts(engine: Engine, settings: Settings) -> str:
     """What answers here, and what is shared in force."""
     return " · ".join(
         [
-            "the bundled tutor" if settings.model is None else engine.model_name,
+            page_tutor.NAME if settings.model is None else engine.model_name,
             f"{engine.device}, {engine.dtype}",
             f"block size {engine.block_size}",
             SHARING[engine.sharing],

@@ -197,7 +197,8 @@ def wait_until(condition: Callable[[], object], seconds: float = 15.0) -> None:
     """Look every 10 ms until the condition holds."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"did not happen within {seconds} s"
+        if time.monotonic() > end:
+            raise TimeoutError(f"did not happen within {seconds} s")
         time.sleep(0.01)
 
 

@@ -72,7 +72,7 @@ def test_an_answer_streams_and_its_end_is_told(url, engine, visit):
 def test_the_page_tells_what_answers_here_and_the_panel_who_looks(url, visit):
     page = visit(url).page
     page.get_by_text(
-        "the bundled tutor · cpu, float32 · block size 16 · equal text is shared by all sessions"
+        "knows one subject · cpu, float32 · block size 16 · equal text is shared by all sessions"
     ).wait_for()
     page.get_by_text("I am ").wait_for()
 
