@@ -36,6 +36,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from benchmarks.ceilings import Ceilings
 from benchmarks.report import Table, header, show_header
+from chatpage.model.attention import AttentionCall
 from chatpage.model.batch import Batch, Row
 from chatpage.model.kv import KVPool, LayerShape
 
@@ -250,7 +251,7 @@ def ours(stage: Stage, case: Case, ceilings: Ceilings, ways: dict[str, bool | No
 
 def _read(reader: Any, layer: int, query: Tensor) -> Tensor:
     scaling = query.shape[-1] ** -0.5
-    return reader.read(layer, query, scaling=scaling, window=None, softcap=None, sinks=None)
+    return reader.read(layer, query, AttentionCall(scaling))
 
 
 def error(stage: Stage, case: Case, batch: Batch, query: Tensor, found: object) -> float:

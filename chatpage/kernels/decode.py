@@ -108,7 +108,7 @@ def attend_decodes(
         left: where a task leaves its states, `heads` rows each.
         out: (tokens, heads, value_size), contiguous.
         beside: whether `attend_shared` runs at the same time.
-        scaling, softcap, sinks: see `chatpage.model.attention.Attention`.
+        scaling, softcap, sinks: see `chatpage.model.attention.AttentionCall`.
     """
     _, block_size, kv_heads, key_size = keys.shape
     heads, value_size = query.shape[1], values.shape[3]

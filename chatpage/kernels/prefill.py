@@ -92,7 +92,7 @@ def attend_chunks(
         query, keys, values, tables, out, scaling, softcap, sinks: see `chatpage.kernels.decode.attend_decodes`.
         tasks: (tasks, 4) of int32: index of the first query's token, number of queries (0: no task; at most
             `queries_per_task`), the first query's position, and where the row's table begins in `tables`.
-        window: see `chatpage.model.attention.Attention`.
+        window: see `chatpage.model.attention.AttentionCall`.
     """
     _, block_size, kv_heads, key_size = keys.shape
     heads, value_size = query.shape[1], values.shape[3]

@@ -128,7 +128,7 @@ def answer(
     state, sinks, head, out, row, present,
     SINKS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write what the attention gives, into rows of `out`. A sink takes its share first (see `Attention.attend`)."""
+    """Write what the attention gives, into rows of `out`. A sink takes its share first (see `AttentionCall`)."""
     largest, total, weighted = state
     if SINKS:
         sink = tl.load(sinks + head, mask=present, other=float("-inf")).to(tl.float32) * LOG2_E

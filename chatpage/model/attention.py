@@ -22,42 +22,34 @@ from chatpage.model.batch import Inputs
 NAME = "chatpage"
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """How a layer asks for attention.
+
+    Attributes:
+        scaling: factor on the scores.
+        window: a token sees so many tokens, itself included; None is all before it.
+        softcap: scores s become softcap * tanh(s / softcap).
+        sinks: (heads,), one more score in each softmax, which takes its share and gives nothing.
+    """
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
 class Attention(Protocol):
     """Attends for all layers of one step."""
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         """Answers (tokens, heads, value_size) to the queries (tokens, heads, key_size) of one layer.
 
         Args:
             layer: which one, counted by their calls: a layer that attends twice, or runs twice, is two.
             key, value: of the same tokens, (tokens, kv_heads, key_size or value_size), not in the pool yet.
-            scaling: factor on the scores.
-            window: a token sees so many tokens, itself included; None is all before it.
-            softcap: scores s become softcap * tanh(s / softcap).
-            sinks: (heads,), one more score in each softmax, which takes its share and gives nothing.
         """
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionCall:
-    """What a layer hands to the attention function beside queries, keys and values (see `Attention.attend`)."""
-
-    scaling: float
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
 
 
 # Tensors that some models hand to attention without need.
@@ -105,10 +97,7 @@ def attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
+        AttentionCall(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux),
     )
     return out[None], None
 

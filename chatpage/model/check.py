@@ -77,22 +77,11 @@ class _Recorder:
     keys: list[Tensor] = field(default_factory=list)
     calls: list[AttentionCall] = field(default_factory=list)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         self.shapes.append(LayerShape(kv_heads=key.shape[1], key_size=key.shape[2], value_size=value.shape[2]))
         self.queries.append(query.clone())
         self.keys.append(key.clone())
-        self.calls.append(AttentionCall(scaling, window, softcap, sinks))
+        self.calls.append(call)
         return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
 
 

@@ -100,18 +100,7 @@ class Layer:
         heads = self.into(hidden).view(hidden.shape[0], -1, self.size)
         value = heads[:, self._rotated :]
         query, key = self.rotate(heads, rotation)
-        call = self.call
-        answer = attention.attend(
-            self.index,
-            query,
-            key,
-            value,
-            scaling=call.scaling,
-            window=call.window,
-            softcap=call.softcap,
-            sinks=call.sinks,
-        )
-        return answer.flatten(1)
+        return attention.attend(self.index, query, key, value, self.call).flatten(1)
 
     def rotate(self, heads: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Queries and keys with their positions: each half of a head turned against the other."""

@@ -48,12 +48,8 @@ class KernelModel:
         turn = Turn(cos, sin)
         if layer.query_norm and layer.key_norm:
             turn = Turn(cos, sin, layer.query_norm.weight, layer.key_norm.weight, layer.query_norm.epsilon)
-        call = layer.call
         query = attention.turn_and_store(layer.index, heads, turn)
-        answer = attention.read(
-            layer.index, query, scaling=call.scaling, window=call.window, softcap=call.softcap, sinks=call.sinks
-        )
-        return answer.flatten(1)
+        return attention.read(layer.index, query, layer.call).flatten(1)
 
     @staticmethod
     def _feed_forward(layer: Layer, normed: Tensor) -> Tensor:

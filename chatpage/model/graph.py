@@ -167,7 +167,7 @@ class Graphs:
     def _fill_and_upload(self, size: Size, rows: list[Row]) -> Size:
         """Bring the numbers of a step, decodes first, to where a graph reads them; says which form of that size."""
         starts, tables = flat_tables(rows, self.pool.block_size)
-        groups = find_sharing(rows, self.pool.block_size)
+        groups = find_sharing(rows, starts, tables, self.pool.block_size)
         plans = {
             kind: make_plan(
                 rows,

@@ -23,6 +23,7 @@ from chatpage.kernels.rotate import Turn, turn_and_store
 from chatpage.kernels.shared import attend_shared
 from chatpage.kernels.softmax import Left
 from chatpage.kernels.store import store
+from chatpage.model.attention import AttentionCall
 from chatpage.model.batch import Batch, Row
 from chatpage.model.check import Forward
 from chatpage.model.kv import KVPool
@@ -81,20 +82,9 @@ class KernelAttention:
         self._slots = slots
         self._plan_for = plan_for
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         self.store(layer, key, value)
-        return self.read(layer, query, scaling=scaling, window=window, softcap=softcap, sinks=sinks)
+        return self.read(layer, query, call)
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Put the step's keys and values into the pool."""
@@ -105,23 +95,14 @@ class KernelAttention:
         """Queries, turned, of heads of queries, keys and values; keys, turned too, and values go into the pool."""
         return turn_and_store(heads, turn, self.pool.keys[layer], self.pool.values[layer], self._slots)
 
-    def read(
-        self,
-        layer: int,
-        query: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def read(self, layer: int, query: Tensor, call: AttentionCall) -> Tensor:
         """Answer the queries, whose keys and values are in the pool."""
         query = _dense(query)
         keys, values = self.pool.keys[layer], self.pool.values[layer]
-        plan = self._plan_for(Kind(query.shape[1], keys.shape[2], window))
+        plan = self._plan_for(Kind(query.shape[1], keys.shape[2], call.window))
         out = query.new_empty(*query.shape[:2], values.shape[3])
         if len(plan.own):
-            self._decode(plan, query, keys, values, out, scaling, softcap, sinks)
+            self._decode(plan, query, keys, values, out, call)
         if len(plan.chunks):
             attend_chunks(
                 query,
@@ -130,10 +111,10 @@ class KernelAttention:
                 plan.tables,
                 plan.chunks,
                 out,
-                window=window,
-                scaling=scaling,
-                softcap=softcap,
-                sinks=sinks,
+                window=call.window,
+                scaling=call.scaling,
+                softcap=call.softcap,
+                sinks=call.sinks,
             )
         return out
 
@@ -144,9 +125,7 @@ class KernelAttention:
         keys: Tensor,
         values: Tensor,
         out: Tensor,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
+        call: AttentionCall,
     ) -> None:
         heads, kv_heads, value_size = query.shape[1], keys.shape[2], values.shape[3]
         own = _left(query, len(plan.own) * heads, value_size)
@@ -163,8 +142,8 @@ class KernelAttention:
                         plan.members,
                         shared,
                         shared_rows=plan.shared_rows,
-                        scaling=scaling,
-                        softcap=softcap,
+                        scaling=call.scaling,
+                        softcap=call.softcap,
                     )
             attend_decodes(
                 query,
@@ -176,9 +155,9 @@ class KernelAttention:
                 own,
                 out,
                 beside=len(plan.shared) > 0,
-                scaling=scaling,
-                softcap=softcap,
-                sinks=sinks,
+                scaling=call.scaling,
+                softcap=call.softcap,
+                sinks=call.sinks,
             )
         if plan.merges:
             merge(
@@ -189,7 +168,7 @@ class KernelAttention:
                 kv_heads=kv_heads,
                 shared_rows=plan.shared_rows,
                 many=plan.many,
-                sinks=sinks,
+                sinks=call.sinks,
             )
 
 
@@ -204,8 +183,8 @@ class PagedAttention(KernelAttention):
     """
 
     def __init__(self, pool: KVPool, batch: Batch, *, shared: bool | None = None) -> None:
-        groups = [] if shared is False else find_sharing(batch.rows, batch.block_size)
         starts, tables = flat_tables(batch.rows, batch.block_size)
+        groups = [] if shared is False else find_sharing(batch.rows, starts, tables, batch.block_size)
         flat = to_device(tables, batch.slots.device, torch.int32)
 
         self.plans: dict[Kind, DevicePlan] = {}

@@ -303,49 +303,64 @@ def _pays(contexts: NDArray, groups: list[Sharing], kind: Kind, processors: int,
     return max(BESIDE * own_time, longest / TILE, products / at_once) + merge < alone
 
 
-def find_sharing(rows: Sequence[Row], block_size: int) -> list[Sharing]:
+def find_sharing(rows: Sequence[Row], starts: Sequence[int], tables: Ints, block_size: int) -> list[Sharing]:
     """Groups of decodes that begin with the same blocks, so that as many reads as possible are saved.
 
     Tables form a tree. At each fork either all share what they have in common, or each branch shares what it has for
     itself, whatever saves more.
 
         [3, 4, 9]  [3, 4, 7]  [3, 8]        all: 2 · 1 block        the first two: 1 · 2 blocks
+
+    Args:
+        rows: decodes first.
+        starts: where in `tables` each row's block table begins.
     """
     decodes = rows[: count_decodes(rows)]
-    tables = [row.table for row in decodes]
-    blocks = [row.start // block_size for row in decodes]  # the block of the token itself is always a row's own
-    return _best(tables, blocks, list(range(len(decodes))), 0, block_size)
+    own = [row.start // block_size for row in decodes]  # the block of the token itself is always a row's own
+    return _best(_Tables(tables, starts), own, list(range(len(decodes))), 0, block_size)
 
 
-def _best(
-    tables: list[Sequence[int]], blocks: list[int], among: list[int], known: int, block_size: int
-) -> list[Sharing]:
+def _best(tables: "_Tables", counts: list[int], among: list[int], known: int, block_size: int) -> list[Sharing]:
     """The best groups of rows whose first `known` blocks are the same.
 
     Args:
-        blocks: how many leading blocks each row may share.
+        counts: how many leading blocks each row may share.
     """
     found: list[Sharing] = []
-    branches: dict[int, list[int]] = defaultdict(list)
-    for i in among:
-        if blocks[i] > known:
-            branches[tables[i][known]].append(i)
-    for branch in branches.values():
-        if len(branch) > 1:
-            common = _common([tables[i] for i in branch], min(blocks[i] for i in branch))
-            whole = Sharing(branch, common * block_size // TILE * TILE)
-            parts = _best(tables, blocks, branch, common, block_size)
-            if sum(part.saved for part in parts) > whole.saved:
-                found += parts
-            elif whole.tokens:
-                found.append(whole)
+    among = [row for row in among if counts[row] > known]
+    for branch in tables.branches(among, known):
+        common = tables.common(branch, min(counts[row] for row in branch))
+        whole = Sharing(branch, common * block_size // TILE * TILE)
+        parts = _best(tables, counts, branch, common, block_size)
+        if sum(part.saved for part in parts) > whole.saved:
+            found += parts
+        elif whole.tokens:
+            found.append(whole)
     return found
 
 
-def _common(tables: list[Sequence[int]], most: int) -> int:
-    """How many leading blocks all of these tables have in common, at most so many."""
-    first = tables[0][:most]
-    for table in tables[1:]:
-        if first != table[: len(first)]:
-            first = first[: common_length(first, table)]
-    return len(first)
+class _Tables:
+    """Block tables as bytes: two of them are compared by one call, and nothing is copied for it."""
+
+    def __init__(self, tables: Ints, starts: Sequence[int]) -> None:
+        self._bytes = tables.tobytes()
+        self._numbers = memoryview(self._bytes).cast("i")
+        self._starts = starts
+
+    def branches(self, among: list[int], known: int) -> list[list[int]]:
+        """Those of the rows that have the next block in common with others."""
+        branches: dict[int, list[int]] = defaultdict(list)
+        for row in among:
+            branches[self._numbers[self._starts[row] + known]].append(row)
+        return [branch for branch in branches.values() if len(branch) > 1]
+
+    def common(self, branch: list[int], most: int) -> int:
+        """How many leading blocks all of these rows have in common, at most so many."""
+        first = self._starts[branch[0]]
+        shared = self._bytes[4 * first : 4 * (first + most)]
+        for row in branch[1:]:
+            start = self._starts[row]
+            if not self._bytes.startswith(shared, 4 * start):
+                most = common_length(self._numbers[first : first + most], self._numbers[start : start + most])
+                shared = shared[: 4 * most]
+        return most

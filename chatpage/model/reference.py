@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chatpage.cache.prefix import common_length
+from chatpage.model.attention import AttentionCall
 from chatpage.model.batch import Batch, Row
 from chatpage.model.kv import KVPool
 
@@ -76,31 +77,18 @@ class ReferenceAttention:
         self.groups = _groups(batch)
         self._reaches: dict[int | None, list[tuple[Reach, Tensor | None]]] = {}  # by window, with their masks as biases
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         self.pool.store(layer, self.batch.slots, key, value)
         keys, values = self.pool.flat(self.pool.keys[layer]), self.pool.flat(self.pool.values[layer])
         answers = []
-        for group, (reach, bias) in zip(self.groups, self._reach(window), strict=True):
+        for group, (reach, bias) in zip(self.groups, self._reach(call.window), strict=True):
             asked = query[group.first_token : group.first_token + group.rows * group.queries]
             answer = attention(
                 asked.view(group.rows, group.queries, *asked.shape[1:]).transpose(1, 2),
                 _gather(keys, reach.slots),
                 _gather(values, reach.slots),
                 bias,
-                scaling=scaling,
-                softcap=softcap,
-                sinks=sinks,
+                call,
                 shared=None if reach.shared is None else (_gather(keys, reach.shared), _gather(values, reach.shared)),
             )
             answers.append(answer.transpose(1, 2).flatten(0, 1))
@@ -118,10 +106,8 @@ def attention(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
+    call: AttentionCall,
     *,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
     shared: Pair | None = None,
 ) -> Tensor:
     """Softmax attention with grouped heads: (rows, heads, queries, value_size).
@@ -130,12 +116,12 @@ def attention(
         query: (rows, heads, queries, key_size).
         key, value: (rows, kv_heads, keys, key_size or value_size); heads is a multiple of kv_heads.
         bias: (rows, 1, queries, keys), 0 where a query sees a key, else −inf; None lets it see all.
-        scaling, softcap, sinks: see `chatpage.model.attention.Attention`.
+        call: its window is in the bias.
         shared: keys and values (1, kv_heads, keys, size) that every row sees besides its own.
     """
     rows, heads, queries, _ = query.shape
     kv_heads = key.shape[1]
-    is_plain = softcap is None and sinks is None
+    scaling, is_plain = call.scaling, call.softcap is None and call.sinks is None
     if is_plain and shared is None and queries > 1:
         return F.scaled_dot_product_attention(query, key, value, bias, scale=scaling, enable_gqa=heads > kv_heads)
     # The heads that share keys become queries of one head, so that no key is repeated.
@@ -145,7 +131,7 @@ def attention(
     elif is_plain and shared and bias is not None and query.is_cpu and key.shape[-1] == value.shape[-1]:
         answer = _merged(packed, key, value, bias, scaling, shared)
     else:
-        answer = _explicit(packed, key, value, bias, scaling, softcap, sinks, shared)
+        answer = _explicit(packed, key, value, bias, call, shared)
     return answer.reshape(rows, heads, queries, -1)
 
 
@@ -154,25 +140,23 @@ def _explicit(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    call: AttentionCall,
     shared: Pair | None,
 ) -> Tensor:
     """Attention as the formula says: (rows, kv_heads, queries of all heads that share keys, value_size)."""
     rows, kv_heads = query.shape[:2]
-    query = query.float() * scaling  # products of unscaled half-precision numbers may overflow
+    query = query.float() * call.scaling  # products of unscaled half-precision numbers may overflow
     scores = query @ key.float().transpose(2, 3)
     if shared is not None:
         scores = torch.cat([_product_with_shared(query, shared[0].float().transpose(2, 3)), scores], dim=-1)
     before = scores.shape[-1] - key.shape[2]
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
     if bias is not None:
         scores[..., before:].unflatten(2, (-1, bias.shape[2])).add_(bias[:, :, None])
-    if sinks is not None:
-        queries = scores.shape[2] * kv_heads // len(sinks)
-        column = sinks.float().view(1, kv_heads, -1, 1, 1).expand(rows, -1, -1, queries, -1)
+    if call.sinks is not None:
+        queries = scores.shape[2] * kv_heads // len(call.sinks)
+        column = call.sinks.float().view(1, kv_heads, -1, 1, 1).expand(rows, -1, -1, queries, -1)
         scores = torch.cat([scores, column.flatten(2, 3)], dim=-1)
     weights = scores.softmax(-1).to(value.dtype)
     answer = weights[..., before : before + key.shape[2]] @ value

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chatpage.model.attention import Attention
+from chatpage.model.attention import Attention, AttentionCall
 from chatpage.model.batch import Batch, Row
 from chatpage.model.kv import KVPool, LayerShape
 from tests.kernels import oracle
@@ -139,6 +139,10 @@ class Case:
         settings = {"scaling": form.scaling, "window": form.window, "softcap": form.softcap, "sinks": sinks}
         return cls(form, pool, batch, query, key, value, settings)
 
+    @property
+    def call(self) -> AttentionCall:
+        return AttentionCall(**self.settings)
+
     def expected(self) -> Tensor:
         return oracle.attention(
             self.pool.keys[0], self.pool.values[0], self.batch, self.query, self.key, self.value, **self.settings
@@ -154,7 +158,7 @@ class Case:
                 after[0][block, offset] = self.key[token]
                 after[1][block, offset] = self.value[token]
         with poisoned():
-            out = attention(self.pool, self.batch).attend(0, self.query, self.key, self.value, **self.settings)
+            out = attention(self.pool, self.batch).attend(0, self.query, self.key, self.value, self.call)
         self.compare(out, expected)
         for memory, wanted in zip((self.pool.keys[0], self.pool.values[0]), after, strict=True):
             # From block 1 on: the null block is there to be written.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from chatpage.kernels.copy import BlockCopier
+from chatpage.model.attention import AttentionCall
 from chatpage.model.batch import Batch, Row
 from chatpage.model.kv import KVPool, LayerShape
 from chatpage.model.paged import PagedAttention
@@ -119,7 +120,7 @@ class Run:
         query, key, value = (part[first : first + tokens] for part in self.numbers)
         settings = self.random.choice(self.settings)
         attention = PagedAttention(self.pool, batch, shared=self.random.choice([True, False, None]))
-        out = attention.attend(0, query, key, value, **settings)
+        out = attention.attend(0, query, key, value, AttentionCall(**settings))
         self.total += out.sum(dtype=torch.float32)
         self.tokens += tokens
         return self._error(out, batch, query, key, value, settings) if compare else 0.0

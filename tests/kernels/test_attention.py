@@ -219,7 +219,7 @@ def test_the_order_of_the_rows_changes_no_answer(shared):
     again = PagedAttention(case.pool, turned, shared=shared).attend(
         0,
         *(torch.cat([moved[name][where[len(rows) - 1 - i]] for i in turned.order]) for name in moved),
-        **case.settings,
+        case.call,
     )
     for i, answer in zip(turned.order, _rows_of(again, turned), strict=True):
         torch.testing.assert_close(answer, answers[len(rows) - 1 - i], rtol=1e-4, atol=1e-5)
@@ -244,10 +244,10 @@ def test_reading_changes_nothing_and_storing_is_the_other_half(shared):
     attention.store(0, case.key, case.value)
     pool = [memory[0].clone() for memory in (case.pool.keys, case.pool.values)]
     with poisoned():
-        first = attention.read(0, case.query, **case.settings)
+        first = attention.read(0, case.query, case.call)
         case.compare(first, expected)
         for _ in range(2):
-            assert torch.equal(attention.read(0, case.query, **case.settings), first), "each time the same"
+            assert torch.equal(attention.read(0, case.query, case.call), first), "each time the same"
     assert same_bits(pool[0], case.pool.keys[0])
     assert same_bits(pool[1], case.pool.values[0])
 
@@ -282,7 +282,7 @@ def test_layers_of_different_shapes_and_windows_in_one_step(shared):
     attention = PagedAttention(pool, batch, shared=shared)
     with poisoned():
         for layer, case in enumerate(cases):
-            out = attention.attend(layer, case.query, case.key, case.value, **case.settings)
+            out = attention.attend(layer, case.query, case.key, case.value, case.call)
             case.compare(out, expected[layer])
 
 
@@ -327,7 +327,7 @@ def test_a_captured_step_answers_what_it_answered_before(shared):
     attention = PagedAttention(case.pool, case.batch, shared=shared)
 
     def step() -> torch.Tensor:
-        return attention.attend(0, case.query, case.key, case.value, **case.settings)
+        return attention.attend(0, case.query, case.key, case.value, case.call)
 
     step()
     torch.cuda.synchronize()

@@ -38,7 +38,7 @@ def test_every_key_is_read_once(seed: int) -> None:
         plan = make_plan(
             rows,
             starts,
-            find_sharing(rows, 16),
+            find_sharing(rows, starts, tables, 16),
             kind,
             room=64,
             processors=PROCESSORS,
@@ -70,7 +70,7 @@ def test_frames_have_room_for_every_plan(seed: int) -> None:
         rows = draw_rows(random, random.randint(1, size.rows), 16, short=size.form is Form.ALONE)
         starts, tables = flat_tables(rows, 16)
         frame = Frame(size, KINDS, PROCESSORS)
-        groups = find_sharing(rows, 16) if size.form is Form.SHARED else []
+        groups = find_sharing(rows, starts, tables, 16) if size.form is Form.SHARED else []
         plans = {
             kind: make_plan(rows, starts, groups, kind, room=size.rows, processors=PROCESSORS, queries=16, always=True)
             for kind in KINDS

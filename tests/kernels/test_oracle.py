@@ -1,6 +1,7 @@
 """Whether the kernels' tests can be trusted: the oracle is right, and attention that is wrong does not pass."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from random import Random
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chatpage.model.attention import AttentionCall
 from chatpage.model.batch import Batch, Row
 from chatpage.model.kv import KVPool
 from chatpage.model.reference import ReferenceAttention
@@ -65,10 +67,12 @@ class Faulty:
 
     def after(self, out: Tensor) -> None: ...
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
-        given = {"query": query, "key": key, "value": value, **settings}
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+        given = {field.name: getattr(call, field.name) for field in fields(call)}
+        given |= {"query": query, "key": key, "value": value}
         self.before(given)
-        out = ReferenceAttention(self.pool, self.batch).attend(layer, **given)
+        tensors = [given.pop(name) for name in ("query", "key", "value")]
+        out = ReferenceAttention(self.pool, self.batch).attend(layer, *tensors, AttentionCall(**given))
         self.after(out)
         return out
 
@@ -141,10 +145,10 @@ class SeesOneTokenMore(Faulty):
         super().__init__(pool, batch)
         self.seen = Batch.build(rows, block_size=batch.block_size)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         self.pool.store(layer, self.batch.slots, key, value)
         self.seen.slots.fill_(-1)
-        return ReferenceAttention(self.pool, self.seen).attend(layer, query, key, value, **settings)
+        return ReferenceAttention(self.pool, self.seen).attend(layer, query, key, value, call)
 
 
 class OneAnswerIsNoNumber(Faulty):

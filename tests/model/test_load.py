@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -258,8 +259,8 @@ def break_attention(monkeypatch, **wrong) -> None:
     """Paged attention with some of its settings replaced."""
 
     class Broken(ReferenceAttention):
-        def attend(self, *args, **settings):
-            return super().attend(*args, **(settings | wrong))
+        def attend(self, layer, query, key, value, call):
+            return super().attend(layer, query, key, value, replace(call, **wrong))
 
     monkeypatch.setattr(check, "ReferenceAttention", Broken)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import chatpage.model.reference as reference
+from chatpage.model.attention import AttentionCall
 from chatpage.model.batch import Batch, Draw, Row
 from chatpage.model.kv import KVPool, LayerShape
 from chatpage.model.reference import ReferenceAttention
@@ -67,9 +68,8 @@ def test_every_query_sees_its_own_context(window, softcap, with_sinks, tile, mon
     sinks = torch.randn(HEADS, generator=random) if with_sinks else None
     settings = {"window": window, "softcap": softcap, "sinks": sinks, "scaling": 0.3}
     fresh = [[part[rows[i].start :] for part in contexts[i]] for i in batch.order]
-    out = ReferenceAttention(pool, batch).attend(
-        0, query, torch.cat([key for key, _ in fresh]), torch.cat([value for _, value in fresh]), **settings
-    )
+    key, value = (torch.cat(parts) for parts in zip(*fresh, strict=True))
+    out = ReferenceAttention(pool, batch).attend(0, query, key, value, AttentionCall(**settings))
     index = 0
     for i in batch.order:
         key, value = contexts[i]
@@ -105,7 +105,7 @@ def test_decodes_that_share_blocks_read_them_once(window, softcap, with_sinks, v
     settings = {"window": window, "softcap": softcap, "sinks": sinks, "scaling": 0.3}
     attention = ReferenceAttention(pool, batch)
     assert max(group.shared for group in attention.groups) == 4, "the one that shares less limits the group"
-    out = attention.attend(0, query, keys[batch.slots], values[batch.slots], **settings)
+    out = attention.attend(0, query, keys[batch.slots], values[batch.slots], AttentionCall(**settings))
     for i, row in enumerate(batch.rows):
         slots = Row([0] * row.context, 0, row.table).slots(BLOCK_SIZE)
         expected = naive(query[i], keys[slots], values[slots], **settings)
