@@ -1,9 +1,9 @@
 """The bundled model: its texts, its training, its weights.
 
 A tiny Llama that knows one subject, paged attention and this page, so that the page answers with no download.
-`corpus/` holds the texts, `texts` reads them, `classifier` and `doubts` look for unclear ones, `lessons` makes
-conversations of them, `train` trains on those, and `evaluate` holds an exam. Importing this package loads neither torch
-nor transformers.
+`corpus/` holds the texts, `texts` reads them, `classifier` looks for unclear ones, `lessons` makes conversations of
+them, `train` trains on those, and `evaluate` holds an exam. Importing this package loads neither torch nor
+transformers.
 """
 
 import json

@@ -32,7 +32,7 @@ clear to it, it asks which of two or three things is meant.
   questions outside the subject with honest answers. No text of others, no data of users.
 - **Training**: from scratch, seed {seed}, {steps:,} steps of {rows} rows; the loss counts answers only. This one took
   {seconds} s on: {device} (torch {torch}). On a CPU the same script takes smaller steps and a night on two cores:
-  `python -m chatpage.tutor.train --out DIR{flags}`.
+  `python -m chatpage.tutor.train --out DIR`.
 
 ## Loss
 
@@ -91,7 +91,6 @@ def card(folder: Path, corpus: Corpus) -> str:
         width=config["hidden_size"],
         heads=config["num_attention_heads"],
         key_value_heads=config["num_key_value_heads"],
-        flags=f" --size {facts['size']} --steps {facts['steps']} --asking {facts['asking']}",
         topics=len(corpus.subjects),
         small=len(small),
         phrasings=len(asked),

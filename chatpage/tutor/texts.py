@@ -21,11 +21,11 @@ SUBJECT_FILES = ("basics", "memory", "sharing", "scheduling", "panel", "page")
 UNSURE = "unsure.txt"
 UNSURE_HEAD = """\
 # Phrasings that other hands' words do not carry, with the topics to ask between. Not to be edited: this is written by
-# `python -m chatpage.tutor.doubts`, which needs a GPU, or by `python -m chatpage.tutor.classifier --write`.
+# `python -m chatpage.tutor.classifier --write`.
 """
 HANDS = ("first", "a", "b", "c", "d")
-OUTSIDE_HANDS = ("e", "f")
-"""Hands that wrote questions outside the subject only."""
+OTHER_HANDS = ("e", "f", "g")
+"""Hands that wrote nothing about the subject: questions outside of it, small talk and follow-ups."""
 CLAUSES = ("how", "what", "when", "whether", "which", "who", "why")
 FOLLOW_UPS = ("why", "short", "again", "example", "simple", "more", "meaning")
 
@@ -125,10 +125,6 @@ class Corpus:
     def group(self, *names: str) -> list[Topic]:
         return [topic for topic in self.topics.values() if topic.group in names]
 
-    def leave_out(self, hand: str) -> None:
-        for topic in self.topics.values():
-            topic.phrasings.pop(hand, None)
-
     @property
     def subjects(self) -> list[Topic]:
         """The topics that are the model's subject: no small talk, nothing outside, no follow-ups."""
@@ -150,7 +146,7 @@ def load(folder: Path = FOLDER) -> Corpus:
     topics = load_topics(folder)
     for topic in topics.values():
         topic.combinations += by_name(topic.names, words.patterns)
-    for hand in (*HANDS, *OUTSIDE_HANDS):
+    for hand in (*HANDS, *OTHER_HANDS):
         load_phrasings(folder, hand, topics)
     ambiguous, unsure = (load_messages(folder / name) for name in ("ambiguous.txt", UNSURE))
     return Corpus(topics, words, list(lines(folder / "systems.txt")), ambiguous, unsure)

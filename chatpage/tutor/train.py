@@ -1,6 +1,6 @@
 """Trains the bundled model from scratch: `python -m chatpage.tutor.train --out DIR`.
 
-Two minutes on a large GPU, a night on a CPU. The seed fixes the lessons, their order and the first weights; on
+Some minutes on a large GPU, a night on a CPU. The seed fixes the lessons, their order and the first weights; on
 one machine a second run gives the same losses up to the rounding of the GPU's kernels.
 """
 
@@ -15,7 +15,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,30 +33,13 @@ SHARE = 1024
 IGNORE = -100
 
 
-class Size(NamedTuple):
-    """How large a model is; its head size is always 32, its layers 4."""
-
-    width: int
-    inner: int
-    heads: int
-    key_value_heads: int
-
-
-SIZES = {"small": Size(192, 512, 6, 2), "large": Size(256, 768, 8, 2)}
-"""1.97 and 3.54 million parameters: 4 and 7 MB in bfloat16."""
-SIZE = "small"
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One training run. A step takes `rows` short rows, or a quarter of that many long ones: the same tokens."""
 
     steps: int
     rows: int
-    size: str = SIZE
     asking: float = ASKING
-    without: str = ""
-    """A hand whose phrasings are left out."""
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
     warmup: int = 100
@@ -66,7 +48,7 @@ class Plan:
     split: float = 0.1
     """How often a question's token is split into the two that it was merged from, so that new words look less new."""
     seed: int = 1
-    lessons: int = 98304
+    lessons: int = 786432
     """Different short rows at most; long ones a 24th of them. Longer runs see them again in another order."""
 
     @property
@@ -81,16 +63,15 @@ class Plan:
         return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def config(size: str = SIZE) -> LlamaConfig:
-    """A Llama of one of the SIZES; three or four query heads share a key-value head."""
-    width, inner, heads, key_value_heads = SIZES[size]
+def config() -> LlamaConfig:
+    """A Llama of 3.54 million parameters, 7 MB in bfloat16; four query heads share a key-value head."""
     return LlamaConfig(
         vocab_size=tokenizer.VOCAB_SIZE,
-        hidden_size=width,
-        intermediate_size=inner,
+        hidden_size=256,
+        intermediate_size=768,
         num_hidden_layers=4,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
+        num_attention_heads=8,
+        num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
@@ -137,7 +118,6 @@ def share(coder: PreTrainedTokenizerFast, plan: Plan, length: int, count: int, s
     """int16 [count, length]: the conversations of one teacher."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
     corpus = texts.load()
-    corpus.leave_out(plan.without)
     teacher = Teacher(corpus, seed, Mix(asking=plan.asking))
     chats = [tokenizer.render(teacher.conversation(turns(teacher, length))) for _ in range(count)]
     parts = tokenizer.parts(coder)
@@ -235,7 +215,7 @@ def train(out: Path, plan: Plan, device: torch.device) -> None:
     short = make_rows(coder, plan, count, SHORT)
     long = make_rows(coder, plan, max(1, count // 24), CONTEXT)
     torch.manual_seed(plan.seed)
-    model = LlamaForCausalLM(config(plan.size))
+    model = LlamaForCausalLM(config())
     torch.nn.Module.to(model, device)
     print(f"{count} short and {len(long.tokens)} long lessons made in {time.monotonic() - began:.0f} s", flush=True)
     losses = fit(model, short.to(device), long.to(device), plan)
@@ -255,28 +235,13 @@ def train(out: Path, plan: Plan, device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m chatpage.tutor.train", description="Train the bundled model.")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--rows", type=int, help="short rows a step: 256 on a GPU, 32 on a CPU")
-    parser.add_argument("--size", choices=list(SIZES), default=SIZE)
-    parser.add_argument("--asking", type=float, default=ASKING, help="how often an unsure phrasing is asked back")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--dropout", type=float, default=0.1, help="of the embeddings")
-    parser.add_argument("--split", type=float, default=0.1, help="how often a token of a question is split in two")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     rows = given.rows or (256 if given.device == "cuda" else 32)
-    plan = Plan(
-        given.steps,
-        rows,
-        size=given.size,
-        asking=given.asking,
-        learning_rate=given.learning_rate,
-        dropout=given.dropout,
-        split=given.split,
-        seed=given.seed,
-    )
-    train(given.out, plan, torch.device(given.device))
+    train(given.out, Plan(given.steps, rows, seed=given.seed), torch.device(given.device))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from chatpage.tutor import texts
 from chatpage.tutor.classifier import Classifier, Guess, features, report, unsure
-from chatpage.tutor.doubts import options
 
 corpus = texts.load()
 
@@ -31,9 +30,3 @@ def test_what_is_taken_for_another_topic_or_hardly_for_its_own_is_unsure() -> No
     }
     assert unsure(corpus, guesses) == {wrong: ["slot", "block"], faint: ["block", "slot"], far: ["cow", "block"]}
     assert next(report(corpus, guesses)) == f"block: {wrong} => slot (0.60)"
-
-
-def test_a_tutor_in_doubt_asks_between_what_it_took_and_what_was_meant() -> None:
-    block = corpus.topics["block"]
-    assert options(corpus, block, "not known to the classifier", "cow") == ["cow", "block"]
-    assert options(corpus, block, "not known to the classifier", "hi") == ["block", block.next[0]]
