@@ -27,9 +27,10 @@ clear to it, it asks which of two or three things is meant.
   file below 8 MB.
 - **Tokenizer**: byte-level BPE of 2,048 tokens; any text falls back to bytes. User messages are lowercased by the chat
   template.
-- **Text**: written for this project, in `chatpage/tutor/corpus/`: {topics} topics of the subject and {small} of small
-  talk with {phrasings:,} phrasings by five hands, {ambiguous} messages that several topics would fit, and {outside:,}
-  questions outside the subject with honest answers. No text of others, no data of users.
+- **Text**: written for this project, in `chatpage/tutor/corpus/`, by eight hands that had not read each other:
+  {topics} topics of the subject and {small} of small talk with {phrasings:,} phrasings, {ambiguous} messages that
+  several topics would fit, and {outside:,} questions outside the subject with honest answers. No text of others, no
+  data of users.
 - **Training**: from scratch, seed {seed}, {steps:,} steps of {rows} rows; the loss counts answers only. This one took
   {seconds} s on: {device} (torch {torch}). On a CPU the same script takes smaller steps and a night on two cores:
   `python -m chatpage.tutor.train --out DIR`.
