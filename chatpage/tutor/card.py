@@ -54,7 +54,7 @@ back with the right topic among those named.
 {exams}
 *ordinary*: usual wordings; *reworded*: said differently on purpose; *switch*: ordinary ones after a turn about another
 topic; *follow-up*: why, shorter, again, an example, simpler, what one thing means; *dialogue*: the last of three
-messages, where the tutor itself answered the two before.
+messages, where the tutor itself answered the two before; some of these, such as "shorter", occur in training too.
 
 ## Limits
 

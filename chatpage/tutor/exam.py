@@ -4,7 +4,7 @@ A line is a set, what is wanted, and the question:
 
     ORD topic: question                       ordinary        REW topic: question              reworded on purpose
     FOL topic kind: question                  a follow-up, after a question and the answer of that topic
-    DIA topic: message => message => question                 a dialogue in which the tutor answers each message itself
+    DIA topic: message => topic kind: question   a dialogue in which the tutor answers each message itself
     OUT kind: question                        outside the subject                     SMA topic: message    small talk
 
 `development` is for choosing between models, `final` is looked at once, at the end. Loads no torch.
@@ -28,7 +28,7 @@ SETS = {
     "OUT": "outside",
     "SMA": "small talk",
 }
-LINE = re.compile(r"([A-Z]{3}) (\w+)(?: (\w+))?: (.+)")
+PART = re.compile(r"(\w+)(?: (\w+))?: (.+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +55,13 @@ def exam(corpus: Corpus, name: str, seed: int = 7) -> list[Question]:
     rng = random.Random(seed)
     system: list[Message] = [{"role": "system", "content": corpus.systems[0]}]
     questions: list[Question] = []
-    for set, topic, kind, text in entries(FOLDER / "exam" / f"{name}.txt"):
-        *before, asked = text.split(" => ") if set == "DIA" else [text]
+    for set, parts in entries(FOLDER / "exam" / f"{name}.txt"):
+        *before, (topic, kind, asked) = parts
         if plain(asked) in offered:
             continue
         said = turn(corpus.topics[topic]) if set == "FOL" else []
         wanted = "outside" if set == "OUT" else topic
-        questions.append(Question(SETS[set], asked, wanted, kind, system + said, before))
+        questions.append(Question(SETS[set], asked, wanted, kind, system + said, [message for *_, message in before]))
         if set == "ORD" and rng.random() < 0.25:
             other = rng.choice([one for one in corpus.subjects if one.id != topic])
             questions.append(Question("switch", asked, topic, None, system + turn(other)))
@@ -69,17 +69,25 @@ def exam(corpus: Corpus, name: str, seed: int = 7) -> list[Question]:
 
 
 def held_out(corpus: Corpus) -> set[str]:
-    """All questions of all exams, in their plain form: no lesson contains one."""
-    return {plain(question.text) for name in EXAMS for question in exam(corpus, name)}
+    """All questions of all exams, in their plain form: no lesson contains one.
+
+    Without those of dialogues, some of which are what everybody says there: "shorter".
+    """
+    questions = [question for name in EXAMS for question in exam(corpus, name)]
+    return {plain(question.text) for question in questions if question.set != "dialogue"}
 
 
-def entries(path: Path) -> Iterator[tuple[str, str, str | None, str]]:
-    """Set, topic, kind and text of each line; ValueError names a line that is not understood, and not what it says."""
+Part = tuple[str, str | None, str]  # topic, kind, message
+
+
+def entries(path: Path) -> Iterator[tuple[str, list[Part]]]:
+    """Set and parts of each line; ValueError names a line that is not understood, and not what it says."""
     for number, line in enumerate(lines(path), start=1):
-        match = LINE.fullmatch(line)
-        if match is None or match[1] not in SETS:
+        set, _, rest = line.partition(" ")
+        parts = [PART.fullmatch(part) for part in rest.split(" => ")]
+        if set not in SETS or None in parts:
             raise ValueError(f"{path.name} has an entry that is not understood: number {number}")
-        yield match[1], match[2], match[3], match[4]
+        yield set, [(part[1], part[2], part[3]) for part in parts if part]
 
 
 def turn(topic: Topic) -> list[Message]:

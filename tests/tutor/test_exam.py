@@ -125,7 +125,15 @@ def test_the_final_exam_can_be_read() -> None:
     questions = exam(corpus, "final")
     assert len(questions) > 500
     assert all(question.topic in topics for question in questions)
-    assert all(len(question.before) == 2 for question in questions if question.set == "dialogue")
+    dialogues = [question for question in questions if question.set == "dialogue"]
+    assert all(len(question.before) == 2 for question in dialogues)
+    assert all(":" not in message for question in dialogues for message in (*question.before, question.text))
+
+
+def test_a_dialogue_wants_what_its_last_message_is_about(tmp_path) -> None:
+    (tmp_path / "final.txt").write_text("DIA block: what is it => slot: and these => slot short: briefly: what?\n")
+    parts = [("block", None, "what is it"), ("slot", None, "and these"), ("slot", "short", "briefly: what?")]
+    assert list(entries(tmp_path / "final.txt")) == [("DIA", parts)]
 
 
 def test_a_bad_line_is_named_by_its_number_only(tmp_path) -> None:
