@@ -8,6 +8,7 @@ which all processes of a machine have in common.
 """
 
 import asyncio
+import contextlib
 import json
 import sys
 import time
@@ -20,14 +21,14 @@ async def main(url: str) -> None:
     asked = json.loads(sys.stdin.readline())
     async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)) as client:
         await client.get(f"{url}/healthz")  # what is imported late is imported now
+        requests = [_request(client, url, text, asked["new"]) for text in asked["questions"]]
         print("ready", flush=True)
         sys.stdin.readline()
-        answers = await asyncio.gather(*(ask(client, url, text, asked["new"]) for text in asked["questions"]))
+        answers = await asyncio.gather(*(ask(client, request) for request in requests))
     print(json.dumps(answers), flush=True)
 
 
-async def ask(client: httpx.AsyncClient, url: str, question: str, new: int) -> dict[str, Any]:
-    """When each piece of the answer came, how many tokens it has, and what went wrong, if anything."""
+def _request(client: httpx.AsyncClient, url: str, question: str, new: int) -> httpx.Request:
     body = {
         "messages": [{"role": "user", "content": question}],
         "stream": True,
@@ -35,9 +36,15 @@ async def ask(client: httpx.AsyncClient, url: str, question: str, new: int) -> d
         "temperature": 0,
         "max_tokens": new,
     }
+    return client.build_request("POST", f"{url}/v1/chat/completions", json=body)
+
+
+async def ask(client: httpx.AsyncClient, request: httpx.Request) -> dict[str, Any]:
+    """When each piece of the answer came, how many tokens it has, and what went wrong, if anything."""
     begun, came, received, error = time.monotonic(), [], bytearray(), None
     try:
-        async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+        response = await client.send(request, stream=True)
+        async with contextlib.aclosing(response):
             async for piece in response.aiter_raw():
                 came.append(time.monotonic())
                 received += piece

@@ -677,8 +677,8 @@ def _tell_http(bench: Bench, answers: list[dict[str, Any]], alone: float, with_r
         raise RuntimeError(f"No answer came: {errors[0]}")
     seconds = max(answer["ended"] for answer in well) - min(answer["begun"] for answer in answers)
     found = sum(answer["tokens"] for answer in well) / seconds
-    # The first piece is the role, the last ones say how it ended.
-    between = [b - a for answer in well for a, b in itertools.pairwise(answer["came"][1:-2])] or [float("nan")]
+    # The first piece is the role; the last one has the end of the text, and says why it ended.
+    between = [b - a for answer in well for a, b in itertools.pairwise(answer["came"][1:])] or [float("nan")]
     ratio = found / alone
     bench.add(
         f"{len(answers)} streams over HTTP, {CLIENTS} processes of clients",

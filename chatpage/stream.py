@@ -5,29 +5,39 @@ import contextlib
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from typing import ClassVar
+from weakref import WeakValueDictionary
 
 from chatpage.schedule.request import Delta
 
 log = logging.getLogger(__name__)
 
 MOST_PENDING = 16  # deltas that nobody has fetched; more are merged, since many small objects cost the collector time
+FEW = 8  # readers, after whom an event loop need not rest: each gets every token alone
+WAKES_A_SECOND = 6400  # of more readers; each costs time in which the engine cannot run Python
+LONGEST_REST = 0.04  # seconds; nobody sees in which pieces text comes that fast
 
 
 class Stream(AsyncIterator[Delta]):
     """Deltas of one request, for one reader: `async for` on an event loop, or `for` on a thread.
 
-    Nothing is lost: a slow reader fetches all that came meanwhile as one delta. The last delta has the state `done`,
-    and comes however the request ends. The listener gets every delta, read or not, on the engine's thread.
+    Nothing is lost: a slow reader fetches all that came meanwhile as one delta, and so do those of a crowd, who are
+    woken in rounds (see `Bell`). The last delta has the state `done`, and comes however the request ends. The listener
+    gets every delta, read or not, on the engine's thread.
     """
 
     def __init__(self, cancel: Callable[[], object], listener: Callable[[Delta], None] | None = None) -> None:
         self._cancel = cancel
         self._listener = listener
-        self._lock = threading.Condition()
+        self._lock = threading.Lock()
+        self._more = threading.Condition(self._lock)  # for a reader on a thread
         self._pending: list[Delta] = []
         self._finished = False
         self._read_all = False
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._has_begun = False  # a token has come
+        self._is_awaited = False  # by a reader on a thread
+        self._bell: Bell | None = None
+        self.is_urgent = False
         self._ready = asyncio.Event()
 
     def cancel(self) -> None:
@@ -49,18 +59,20 @@ class Stream(AsyncIterator[Delta]):
             if len(self._pending) == MOST_PENDING:
                 self._pending = [Delta.merged(self._pending)]
             self._finished = delta.state == "done"
-            self._lock.notify_all()
+            if self._finished or (delta.tokens and not self._has_begun):
+                self._has_begun = self.is_urgent = True
+            if self._is_awaited:
+                self._more.notify_all()
 
     @staticmethod
     def wake(streams: Iterable["Stream"]) -> None:
-        """Tell the async readers of these streams, with one call an event loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[Stream]] = {}
+        """Tell the async readers of these streams that there is something to read: at once, or in the next round."""
+        by_bell: dict[Bell, list[Stream]] = {}
         for stream in streams:
-            if stream._loop is not None:
-                by_loop.setdefault(stream._loop, []).append(stream)
-        for loop, ready in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody reads any more
-                loop.call_soon_threadsafe(_set_ready, ready)
+            if stream._bell is not None:
+                by_bell.setdefault(stream._bell, []).append(stream)
+        for bell, ready in by_bell.items():
+            bell.ring(ready)
 
     # -- the reader's side ----------------------------------------------------------------------------------------
 
@@ -70,7 +82,8 @@ class Stream(AsyncIterator[Delta]):
         return deltas
 
     async def __anext__(self) -> Delta:
-        self._loop = asyncio.get_running_loop()
+        if self._bell is None:
+            self._bell = Bell.of(asyncio.get_running_loop())
         while not self._read_all:
             self._ready.clear()
             with self._lock:
@@ -86,7 +99,9 @@ class Stream(AsyncIterator[Delta]):
     def __iter__(self) -> Iterator[Delta]:
         while not self._read_all:
             with self._lock:
-                self._lock.wait_for(lambda: self._pending)
+                self._is_awaited = True
+                self._more.wait_for(lambda: self._pending)
+                self._is_awaited = False
                 deltas = self._take()
             yield Delta.merged(deltas)
 
@@ -111,6 +126,53 @@ async def side_by_side(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, De
             task.cancel()
 
 
-def _set_ready(streams: list[Stream]) -> None:
+class Bell:
+    """Wakes the readers of one event loop, in rounds.
+
+    What a reader does with a piece of text, down to the socket, takes longer than the engine's thread takes for a
+    token, and only one thread can run Python at a time. So many readers who fetch every token at once would leave the
+    engine too little of that time. Therefore the loop rests after a round, the longer the more readers it woke; in the
+    next round each finds several tokens. Who waits for a first token or for the end is woken at once.
+    """
+
+    _all: ClassVar["WeakValueDictionary[asyncio.AbstractEventLoop, Bell]"] = WeakValueDictionary()
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._waiting: set[Stream] = set()
+        self._is_planned = False  # a round
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> "Bell":
+        bell = cls._all.get(loop)
+        if bell is None:
+            bell = cls._all[loop] = cls(loop)
+        return bell
+
+    def ring(self, streams: list[Stream]) -> None:
+        """There is something to read for these. Called on the engine's thread."""
+        urgent = [stream for stream in streams if stream.is_urgent]
+        for stream in urgent:
+            stream.is_urgent = False
+        with self._lock:
+            rests, self._is_planned = self._is_planned, True
+            self._waiting.update(streams)
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody reads any more
+            if not rests:
+                self._loop.call_soon_threadsafe(self._round)
+            elif urgent:
+                self._loop.call_soon_threadsafe(_set_ready, urgent)
+
+    def _round(self) -> None:
+        with self._lock:
+            ready, self._waiting = self._waiting, set()
+            self._is_planned = len(ready) > FEW
+        _set_ready(ready)
+        if self._is_planned:
+            self._loop.call_later(min(len(ready) / WAKES_A_SECOND, LONGEST_REST), self._round)
+
+
+def _set_ready(streams: Iterable[Stream]) -> None:
     for stream in streams:
         stream._ready.set()

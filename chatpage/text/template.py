@@ -34,6 +34,8 @@ THOUGHT: Message = {"role": "assistant", "content": "<think>\nOne token, I think
 # Beginnings of user messages, no two of which have a character in common, the ones that merge with a newline included.
 OPENINGS = ("a", "Zq", "7", "?!", "\nb", "  c", "ก", "한", "😀")
 
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: it is no character
+
 
 class Beginning(NamedTuple):
     """What conversations begin with, and its ids, where the special token `part` follows."""
@@ -247,7 +249,7 @@ def _check(messages: Sequence[Message]) -> None:
                 f"messages[{i}].content is {type(content).__name__}; it must be a string.",
                 param=f"messages[{i}].content",
             )
-        if any("\ud800" <= character <= "\udfff" for character in content):
+        if SURROGATE.search(content):
             raise RequestError(
                 f"messages[{i}].content has half of a surrogate pair; it must be valid Unicode text.",
                 param=f"messages[{i}].content",

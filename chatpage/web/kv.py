@@ -2,10 +2,13 @@
 
 The engine tells the hub what happened after each step. The hub moves its mirror on by that, some tens of times a
 second, and hands the same bytes to all viewers who may see the same. Everything here runs on the event loop.
+
+While nobody looks the hub sleeps: to follow each token of each session would take the loop as long as to send it.
 """
 
 import asyncio
 import json
+import secrets
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Iterable
@@ -37,6 +40,8 @@ ME_PER_SECOND = 4
 ME_TOKENS = 4096  # view tokens whose use is remembered
 PING_SECONDS = 15
 STOP_SECONDS = 1  # for a stream to end by itself when the server stops
+AWAKE_SECONDS = 10  # that the hub stays awake after the last look
+WAKE_SECONDS = 30  # that a long step may keep the engine from answering
 
 
 class Viewer:
@@ -78,7 +83,7 @@ class Viewer:
 class Hub:
     """The engine's state on the event loop, and who watches it.
 
-    `mirror` is None until the engine is ready. In the scope `aggregate` it lags behind by AGGREGATE_DELAY.
+    `mirror` is None while the hub sleeps. In the scope `aggregate` it lags behind by AGGREGATE_DELAY.
     """
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
@@ -93,17 +98,70 @@ class Hub:
         self._timer: asyncio.TimerHandle | None = None
         self._flushed = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._waking: asyncio.Future[None] | None = None  # done when the mirror may be looked at
+        self._looked = 0.0
 
     def start(self) -> None:
-        """Begin to listen. Call it on the event loop."""
+        """Call it on the event loop, before anything else."""
         self._loop = asyncio.get_running_loop()
-        self.engine.subscribe(self._listen)
 
     def stop(self) -> None:
-        self.engine.unsubscribe(self._listen)
+        self._sleep()
         self._loop = None
+
+    async def wake(self) -> None:
+        """Follow the engine from now on, for a while. Returns when there is a mirror to look at.
+
+        Raises:
+            Unavailable: the engine is not ready, or busy.
+        """
+        if self.engine.status != "ready" or self._loop is None:
+            raise Unavailable(f"{self.engine.detail}; please try again in a moment.")
+        self._looked = time.monotonic()
+        if self._waking is None:
+            self._waking = self._loop.create_future()
+            self.engine.subscribe(self._listen)
+            self._loop.call_later(AWAKE_SECONDS, self._sleep_unless_looked_at)
+        try:
+            await asyncio.wait_for(asyncio.shield(self._waking), WAKE_SECONDS)
+        except TimeoutError:
+            raise Unavailable("The engine is busy with a long step; please try again in a moment.") from None
+
+    def _sleep_unless_looked_at(self) -> None:
+        if self._loop is None or self._waking is None:
+            return
+        if self.viewers:
+            self._looked = time.monotonic()
+        left = self._looked + AWAKE_SECONDS - time.monotonic()
+        if left <= 0:
+            self._sleep()
+        else:
+            self._loop.call_later(left, self._sleep_unless_looked_at)
+
+    def _sleep(self) -> None:
+        self.engine.unsubscribe(self._listen)
+        self.mirror, self._waking = None, None
+        self._arrived.clear()
+        self._lines.clear()
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
+
+    async def glance(self) -> Snapshot | None:
+        """The engine's state as it is, without following it; None where it is not ready, or busy."""
+        if self.engine.status != "ready" or self._loop is None:
+            return None
+        loop, seen = self._loop, self._loop.create_future()
+
+        def listen(snapshot: Snapshot | None, events: list[Event]) -> None:
+            if snapshot is not None:
+                loop.call_soon_threadsafe(lambda: seen.done() or seen.set_result(snapshot))
+
+        self.engine.subscribe(listen)
+        self.engine.unsubscribe(listen)
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(seen, WAKE_SECONDS)
+        return None
 
     def _listen(self, snapshot: Snapshot | None, events: list[Event]) -> None:
         """Called on the engine's thread."""
@@ -114,10 +172,20 @@ class Hub:
 
     def _receive(self, snapshot: Snapshot | None, events: list[Event]) -> None:
         if snapshot is not None:
-            self.mirror = Mirror(snapshot)
-        if events:
+            self._begin(snapshot)
+        if events and self.mirror is not None:  # else they came when the hub had just gone to sleep
             self._arrived.append((time.monotonic(), events))
         self._plan()
+
+    def _begin(self, snapshot: Snapshot) -> None:
+        """Have a mirror, which may be looked at when it is as late as everything else is."""
+        if self._loop is None or self._waking is None:
+            return
+        if self.scope != "full":  # its numbers begin anew, so they must not be taken for those of the mirror before
+            snapshot.epoch = secrets.token_hex(4)
+        self.mirror = Mirror(snapshot)
+        waking = self._waking
+        self._loop.call_later(self.delay, lambda: waking.done() or waking.set_result(None))
 
     def _plan(self) -> None:
         """Arrange the next flush: when the oldest events are due, and not too soon after the last one."""
@@ -167,10 +235,9 @@ class Hub:
         return [event for line in lines if (event := line.seen_by(session)) is not None]
 
     def snapshot(self, session: int) -> dict[str, Any]:
-        """The body of `/kv/snapshot`. Unavailable before the engine is ready."""
+        """The body of `/kv/snapshot`. The hub must be awake."""
         mirror, sharing = self.mirror, self.engine.sharing
-        if mirror is None:
-            raise Unavailable(f"{self.engine.detail}; please try again in a moment.")
+        assert mirror is not None
         if self.scope == "self":
             return only_own(mirror, session, sharing)
         seen = aggregate(mirror, session) if self.scope == "aggregate" else mirror.snapshot
@@ -253,13 +320,14 @@ class Routes:
         ]
 
     async def snapshot(self, request: Request) -> Response:
-        body = self.hub.snapshot(await self._session(request))
+        session = await self._session(request)
+        await self.hub.wake()
+        body = self.hub.snapshot(session)
         return JSONResponse(body, headers={"Cache-Control": "no-store"})
 
     async def events(self, request: Request) -> Response:
         session = await self._session(request)
-        if self.hub.mirror is None:
-            raise Unavailable(f"{self.engine.detail}; please try again in a moment.")
+        await self.hub.wake()
         if len(self.hub.viewers) >= MAX_VIEWERS:
             raise Refusal(503, f"{MAX_VIEWERS} viewers are watching, and no more are allowed.", code="too_many_viewers")
         stopping = anyio.Event()

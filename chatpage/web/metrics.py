@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from chatpage.engine import Engine
+from chatpage.events import Snapshot
 from chatpage.settings import Settings
 from chatpage.web.errors import Refusal
 from chatpage.web.kv import Hub
@@ -33,11 +34,16 @@ GAUGES = {
 
 
 class EngineCollector(Collector):
-    """Reads the engine and the hub when somebody asks; nothing is counted twice."""
+    """Reads the engine and the hub when somebody asks; nothing is counted twice.
 
-    def __init__(self, engine: Engine, hub: Hub) -> None:
+    Args:
+        snapshot: of the cache; None where nobody knows.
+    """
+
+    def __init__(self, engine: Engine, hub: Hub, snapshot: Snapshot | None) -> None:
         self.engine = engine
         self.hub = hub
+        self.snapshot = snapshot
 
     def collect(self) -> Iterator[Metric]:
         stats = self.engine.stats()
@@ -50,21 +56,20 @@ class EngineCollector(Collector):
             finished.add_metric([outcome], stats.get(f"finished_{outcome}", 0))
         yield finished
         yield GaugeMetricFamily("chatpage_viewers", "Viewers of the panel.", value=len(self.hub.viewers))
-        if self.hub.mirror is not None:
-            yield from self._cache()
+        if self.snapshot is not None:
+            yield from _cache(self.snapshot)
 
-    def _cache(self) -> Iterator[Metric]:
-        assert self.hub.mirror is not None
-        snapshot = self.hub.mirror.snapshot
-        blocks = GaugeMetricFamily("chatpage_blocks", "Blocks of the pool, by state.", labels=["state"])
-        for state, count in snapshot.counts().items():
-            blocks.add_metric([state], count)
-        yield blocks
-        events = CounterMetricFamily("chatpage_cache_events", "What has happened to blocks.", labels=["kind"])
-        for kind, count in snapshot.counters.items():
-            if kind != "hit_tokens":  # tokens, not events: cached_tokens tells
-                events.add_metric([kind], count)
-        yield events
+
+def _cache(snapshot: Snapshot) -> Iterator[Metric]:
+    blocks = GaugeMetricFamily("chatpage_blocks", "Blocks of the pool, by state.", labels=["state"])
+    for state, count in snapshot.counts().items():
+        blocks.add_metric([state], count)
+    yield blocks
+    events = CounterMetricFamily("chatpage_cache_events", "What has happened to blocks.", labels=["kind"])
+    for kind, count in snapshot.counters.items():
+        if kind != "hit_tokens":  # tokens, not events: cached_tokens tells
+            events.add_metric([kind], count)
+    yield events
 
 
 class Operations:
@@ -72,9 +77,8 @@ class Operations:
 
     def __init__(self, engine: Engine, hub: Hub, settings: Settings) -> None:
         self.engine = engine
+        self.hub = hub
         self.settings = settings
-        self.registry = CollectorRegistry()
-        self.registry.register(EngineCollector(engine, hub))
 
     def routes(self) -> list[Route]:
         return [
@@ -108,4 +112,5 @@ class Operations:
             raise Refusal(401, "The API key is missing or wrong.", code="invalid_api_key")
         if self.settings.api_key is None and not self.settings.on_loopback:
             raise Refusal(403, "Beyond loopback, /metrics is served only with --api-key set.", code="api_key_required")
-        return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
+        collector = EngineCollector(self.engine, self.hub, await self.hub.glance())
+        return Response(generate_latest(collector), media_type=CONTENT_TYPE_LATEST)

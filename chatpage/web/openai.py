@@ -6,18 +6,16 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
-import anyio
-from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from chatpage.engine import Engine
 from chatpage.errors import Unavailable
@@ -31,10 +29,16 @@ from chatpage.web.errors import Refusal, as_refusal, error_body
 log = logging.getLogger(__name__)
 
 SESSION_HEADER = "X-ChatPage-Session"
+# Bytes of a body that is read on the event loop, in a few milliseconds at most. A megabyte of JSON takes long enough
+# for others to notice, and is read on a thread. But hundreds of threads at once would hold up the loop and the engine
+# more: all of them wait for their turn to run Python.
+SHORT_BODY = 8192
+READ_AT_ONCE = 8  # short bodies, before the loop turns to others: their next pieces shall not wait for a crowd
 PING_SECONDS = 15
-STOP_SECONDS = 1  # for a stream to say good-bye when the server stops
 LOWEST_LOGPROB = -9999.0  # OpenAI's number for a token that is all but impossible; JSON has no infinity
 DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+MARK = "\ue000"  # stands for a text
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,16 @@ class Answer:
     texts: TokenTexts | None = None  # where log-probabilities were asked for
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
+    _around: dict[int, list[bytes]] = field(default_factory=dict)  # the text, in the chunks of each reply
+
+    def text_chunk(self, index: int, text: str, logprobs: Sequence[Logprob] = ()) -> bytes:
+        """A chunk with text. Those of one reply differ in nothing else, so the rest is written once."""
+        if logprobs:
+            return self.chunk(index, {"content": text}, logprobs)
+        if index not in self._around:
+            self._around[index] = self.chunk(index, {"content": MARK}).rsplit(json.dumps(MARK).encode(), 1)
+        before, after = self._around[index]
+        return b"%b%b%b" % (before, json.dumps(text).encode(), after)
 
     def chunk(
         self,
@@ -104,42 +118,40 @@ class Answer:
 
 
 class StreamedAnswer(Response):
-    """An answer as server-sent events. However the response ends, `finish` is called.
+    """An answer as server-sent events. However the response ends, `finish` is called, and when the client leaves.
 
     A generator's `finally` would not do: where the client leaves before the first byte, the generator never starts.
     The stream has `data:` and comments only; other fields of SSE, `id:` among them, break OpenAI's client.
+
+    It does what sse-starlette does elsewhere, with less around each event: here they are thousands a second.
     """
 
+    media_type = "text/event-stream"
+
     def __init__(
-        self,
-        chunks: AsyncIterator[bytes],
-        headers: dict[str, str],
-        *,
-        stop: Callable[[], None],
-        finish: Callable[[], None],
+        self, chunks: AsyncGenerator[bytes, None], headers: dict[str, str], *, finish: Callable[[], None]
     ) -> None:
-        self._stop, self._finish = stop, finish
-        self._stopping = anyio.Event()
-        self._response = EventSourceResponse(
-            chunks,
-            headers=headers,
-            ping=PING_SECONDS,
-            ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
-            shutdown_event=self._stopping,
-            shutdown_grace_period=STOP_SECONDS,
-        )
+        self.status_code = 200
+        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
+        self._chunks = chunks
+        self._finish = finish
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watch = asyncio.create_task(self._stop_with_server())
+        beside = [asyncio.create_task(self._watch(receive)), asyncio.create_task(_ping(send))]
         try:
-            await self._response(scope, receive, send)
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async with aclosing(self._chunks) as chunks:
+                async for chunk in chunks:
+                    await send(_body(chunk))
+            _cancel(beside)
+            await send(_body(b"", more=False))
         finally:
-            watch.cancel()
+            _cancel(beside)
             self._finish()
 
-    async def _stop_with_server(self) -> None:
-        await self._stopping.wait()
-        self._stop()
+    async def _watch(self, receive: Receive) -> None:
+        await _departure(receive)
+        self._finish()
 
 
 class Api:
@@ -149,6 +161,7 @@ class Api:
         self.engine = engine
         self.api_key = settings.api_key
         self.busy: set[str] = set()  # sessions with a turn that runs
+        self._reading = asyncio.Semaphore(READ_AT_ONCE)
 
     @cached_property
     def texts(self) -> TokenTexts:
@@ -182,8 +195,7 @@ class Api:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refusal(415, "The Content-Type must be application/json.", code="unsupported_media_type")
         body = await request.body()
-        # Reading a megabyte of JSON, rendering and tokenising take long enough for others to notice.
-        asked, prompt = await asyncio.to_thread(self._read, body)
+        asked, prompt = await self._read_in_turn(body)
         texts = None if asked.params.logprobs is None else self.texts
         with self._opened_session(request) as session:
             streams, finish = self._submit(prompt, asked, session)
@@ -191,7 +203,7 @@ class Api:
         headers = {SESSION_HEADER: session} if session else {}
         if asked.stream:
             chunks = self._chunks(streams, answer)
-            return StreamedAnswer(chunks, headers, stop=partial(_cancel, streams), finish=finish)
+            return StreamedAnswer(chunks, headers, finish=finish)
         try:
             return await self._whole(request, streams, answer, headers)
         finally:
@@ -208,6 +220,13 @@ class Api:
             raise Refusal(
                 404, f"This server has only the model {self.engine.model_name}.", param="model", code="model_not_found"
             )
+
+    async def _read_in_turn(self, body: bytes) -> tuple[ChatRequest, Prompt]:
+        if len(body) > SHORT_BODY:
+            return await asyncio.to_thread(self._read, body)
+        async with self._reading:
+            await asyncio.sleep(0)  # now the loop turns to others
+            return self._read(body)
 
     def _read(self, body: bytes) -> tuple[ChatRequest, Prompt]:
         asked = parse(body)
@@ -246,13 +265,12 @@ class Api:
         if session is not None:
             self.busy.add(session)
 
-        def finish() -> None:
-            _cancel(streams)
-            self.busy.discard(session or "")
+        ending = ExitStack()  # it happens once: then others may use the session
+        ending.callback(self.busy.discard, session or "")
+        ending.callback(_cancel, streams)
+        return streams, ending.close
 
-        return streams, finish
-
-    async def _chunks(self, streams: list[Stream], answer: Answer) -> AsyncIterator[bytes]:
+    async def _chunks(self, streams: list[Stream], answer: Answer) -> AsyncGenerator[bytes, None]:
         """The events of a streamed answer: for each reply a role, text as it comes and an ending; at last `[DONE]`.
 
         Where a reply fails, an error is the last event before that.
@@ -261,33 +279,36 @@ class Api:
         the end of a token's text is still held back. Tokens that have no text wait for the next one that has; the last
         of them, like the end of turn, come with the ending.
         """
-        for index in range(len(streams)):
-            yield answer.chunk(index, {"role": "assistant", "content": ""})
+        yield b"".join(answer.chunk(index, {"role": "assistant", "content": ""}) for index in range(len(streams)))
+        unsent: list[bytes] = []  # what is to be sent at once: each time that something is costs more than its bytes
         try:
             logprobs: list[list[Logprob]] = [[] for _ in streams]
             lasts: dict[int, Delta] = {}
             async for index, delta in side_by_side(streams):
                 logprobs[index] += delta.logprobs
                 if delta.text:
-                    yield answer.chunk(index, {"content": delta.text}, logprobs[index])
+                    unsent.append(answer.text_chunk(index, delta.text, logprobs[index]))
                     logprobs[index] = []
                 if delta.state == "done":
                     self._raise_if_failed(delta)
-                    yield answer.chunk(index, {}, logprobs[index], delta)
+                    unsent.append(answer.chunk(index, {}, logprobs[index], delta))
                     lasts[index] = delta
+                if unsent and len(lasts) < len(streams):
+                    yield b"".join(unsent)
+                    unsent.clear()
             if answer.include_usage:
-                yield answer.usage_chunk([lasts[index] for index in range(len(streams))])
+                unsent.append(answer.usage_chunk([lasts[index] for index in range(len(streams))]))
         except Exception as error:
             refusal = as_refusal(error)
             if not isinstance(error, Refusal):
                 log.exception("A streamed answer failed")
-            yield sse(error_body(refusal.status_code, refusal.detail, code=refusal.code))
-        yield DONE
+            unsent.append(sse(error_body(refusal.status_code, refusal.detail, code=refusal.code)))
+        yield b"".join([*unsent, DONE])
 
     async def _whole(
         self, request: HttpRequest, streams: list[Stream], answer: Answer, headers: dict[str, str]
     ) -> Response:
-        watch = asyncio.create_task(_cancel_when_client_leaves(request, streams))
+        watch = asyncio.create_task(_cancel_when_client_leaves(request.receive, streams))
         replies: list[Delta] = []
         try:
             for stream in streams:
@@ -332,12 +353,28 @@ def sse(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
 
 
-async def _cancel_when_client_leaves(request: HttpRequest, streams: list[Stream]) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+async def _cancel_when_client_leaves(receive: Receive, streams: list[Stream]) -> None:
+    await _departure(receive)
     _cancel(streams)
 
 
-def _cancel(streams: list[Stream]) -> None:
-    for stream in streams:
-        stream.cancel()
+async def _departure(receive: Receive) -> None:
+    """Wait for the client to leave."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _ping(send: Send) -> None:
+    """Let proxies know, now and then, that the connection is alive."""
+    while True:
+        await asyncio.sleep(PING_SECONDS)
+        await send(_body(PING))
+
+
+def _body(body: bytes, *, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": more}
+
+
+def _cancel(those: Iterable[Stream] | Iterable[asyncio.Task]) -> None:
+    for each in those:
+        each.cancel()

@@ -69,7 +69,8 @@ class Mirror:
                     self.writer[block] = session.id
         self.common = 0
         self.extra: dict[int, int] = {}
-        self.rounding = {STRANGER: 0}
+        hits = snapshot.counters["hit_tokens"]
+        self.rounding = {STRANGER: whole(hits, snapshot.block_size) - hits}
 
     def apply(self, event: Event) -> Line:
         """Move on by one event. Returns how it is seen."""

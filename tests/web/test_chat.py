@@ -1,7 +1,9 @@
 """`/v1/chat/completions` as the `openai` client sees it."""
 
+import json
 import math
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,8 @@ from transformers import AutoModelForCausalLM
 from chatpage.errors import Busy, Unavailable
 from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Delta, Logprob, Request
+from chatpage.web import openai as openai_routes
+from chatpage.web.openai import Answer
 from tests.text.samples import byte_level
 from tests.web.conftest import SYSTEM_PROMPT, Served, start
 from tests.web.fake import FakeEngine
@@ -328,6 +332,39 @@ def test_a_reply_that_fails_ends_the_others(fake: tuple[str, FakeEngine], stream
     wait_until(lambda: engine.cancelled >= {1, 2})
 
 
+def test_a_crowd_that_comes_does_not_hold_up_an_answer(fake: tuple[str, FakeEngine], monkeypatch: pytest.MonkeyPatch):
+    url, engine = fake
+    crowd, read = 5 * openai_routes.READ_AT_ONCE, engine.prompt
+    with httpx.stream("POST", url + CHAT, json={"messages": HELLO, "stream": True}) as response:
+        pieces = response.iter_text()
+        assert "assistant" in next(pieces)
+        monkeypatch.setattr(engine, "prompt", lambda messages: time.sleep(0.02) or read(messages))
+        bodies = [{"messages": HELLO, "stream": True}] * crowd
+        threads = [threading.Thread(target=lambda body=body: httpx.post(url + CHAT, json=body)) for body in bodies]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(engine.made) > 1)
+        engine.say(0, Delta("decode", text="Hi", tokens=(5,)))
+        assert "Hi" in next(pieces)
+        assert len(engine.made) < crowd, "all of the crowd came first"
+    wait_until(lambda: len(engine.made) == crowd + 1)
+    for number in range(1, crowd + 1):
+        engine.say(number, Delta("done", text="Hi", tokens=(5,), finish_reason="stop"))
+    for thread in threads:
+        thread.join(10)
+
+
+def test_a_long_message_is_answered_like_a_short_one(served: Served):
+    """Its body, which is mostly white space, is read on a thread."""
+    body = json.dumps({"messages": HELLO, "max_tokens": 8, "temperature": 0})
+    headers = {"Content-Type": "application/json"}
+    answers = [
+        httpx.post(served.url + CHAT, content=sent, headers=headers).json()["choices"]
+        for sent in (body, body + " " * openai_routes.SHORT_BODY)
+    ]
+    assert answers[0] == answers[1]
+
+
 def test_leaving_at_once(fake: tuple[str, FakeEngine]):
     """The client sends its request and is gone before anything could be answered."""
     import socket
@@ -356,6 +393,44 @@ def test_an_error_in_a_stream_is_told_in_the_stream(fake: tuple[str, FakeEngine]
         list(stream)
 
 
+def test_an_error_is_the_last_event_and_text_before_it_is_sent(fake: tuple[str, FakeEngine]):
+    url, engine = fake
+    with httpx.stream("POST", url + CHAT, json={"messages": HELLO, "stream": True}) as response:
+        wait_until(lambda: engine.made)
+        engine.made[0].put(Delta("decode", text="Half an", tokens=(5,)))
+        engine.say(0, Delta("done", text=" answer", finish_reason="error", error="The step failed."))
+        response.read()
+    *_, text, error, done, nothing = response.text.split("\n\n")
+    assert json.loads(text.removeprefix("data: "))["choices"][0]["delta"] == {"content": "Half an answer"}
+    assert json.loads(error.removeprefix("data: "))["error"]["message"] == "The step failed."
+    assert (done, nothing) == ("data: [DONE]", "")
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", 'a "quote" \\ and\nlines', "Grüße 🙂 \ue000 \u2028", "\x00", "%s {} \\ue000"]
+)
+def test_a_chunk_of_text_is_like_any_other(text: str):
+    answer = Answer('a "model" \ue000', include_usage=True)
+    for index in (0, 1, 0):
+        assert answer.text_chunk(index, text) == answer.chunk(index, {"content": text})
+
+
+def test_a_silent_stream_is_kept_alive(fake: tuple[str, FakeEngine], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(openai_routes, "PING_SECONDS", 0.05)
+    url, engine = fake
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    with httpx.stream("POST", url + CHAT, json={"messages": HELLO, "stream": True}) as response:
+        pieces = response.iter_text()
+        wait_until(lambda: ": ping\n\n" in next(pieces))
+        engine.say(0, Delta("done", text="Hi", tokens=(5,), finish_reason="stop"))
+        assert "".join(pieces).endswith("data: [DONE]\n\n")
+    chunks = client.chat.completions.create(model="fake", messages=HELLO, stream=True)
+    engine.say_when_asked(1, Delta("queued"))
+    time.sleep(0.2)
+    engine.say(1, Delta("done", text="Hi", tokens=(5,), finish_reason="stop"))
+    assert [chunk.choices[0].delta.content for chunk in chunks] == ["", "Hi", None]
+
+
 def test_an_error_without_a_stream(fake: tuple[str, FakeEngine]):
     url, engine = fake
     engine.say_when_asked(0, Delta("done", finish_reason="error", error="The step failed."))
@@ -380,6 +455,24 @@ def test_what_the_engine_refuses(fake: tuple[str, FakeEngine], refusal: Exceptio
     assert answer.headers["x-request-id"]
     assert ("retry-after" in answer.headers) == (status in (429, 503))
     assert engine.keys == set(), "a session was opened for a refused request"
+
+
+def test_an_answer_that_was_left_frees_its_session_once(fake: tuple[str, FakeEngine], monkeypatch: pytest.MonkeyPatch):
+    url, engine = fake
+    headers = {"X-ChatPage-Session": engine.open_session().key}
+    body = {"messages": HELLO, "stream": True}
+    held: list[tuple[int, Delta]] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "say", lambda *said: held.append(said))
+        with httpx.stream("POST", url + CHAT, json=body, headers=headers):
+            pass
+        wait_until(lambda: held)
+    with httpx.stream("POST", url + CHAT, json=body, headers=headers) as second:
+        assert second.status_code == 200
+        engine.say(*held[0])
+        time.sleep(0.1)
+        third = httpx.post(url + CHAT, json={"messages": HELLO}, headers=headers)
+        assert (third.status_code, third.json()["error"]["code"]) == (409, "session_busy")
 
 
 def test_one_turn_at_a_time_in_a_session(fake: tuple[str, FakeEngine]):

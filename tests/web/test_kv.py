@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from chatpage.conversation import Conversation
+from chatpage.errors import Unavailable
 from chatpage.events import Event, SequenceView, Snapshot, SystemView
 from chatpage.schedule.params import SamplingParams
 from chatpage.settings import Settings
@@ -273,7 +274,7 @@ async def test_a_viewer_that_falls_behind_is_given_a_snapshot():
     engine.snapshot = story.snapshot
     hub = kv.Hub(engine, Settings())  # type: ignore[arg-type]
     hub.start()
-    await asyncio.sleep(0)
+    await hub.wake()
     watching = hub.watch(STRANGER, "", anyio.Event())
     first = await anext(watching)
     assert first.startswith(b"id: ")
@@ -291,3 +292,95 @@ async def test_a_viewer_that_falls_behind_is_given_a_snapshot():
     await watching.aclose()
     assert hub.viewers == set()
     hub.stop()
+
+
+class Teller(FakeEngine):
+    """Tells its story to whoever listens, and counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.story = Story(3)
+        self.listeners: list[Any] = []
+
+    def subscribe(self, listener: Any) -> None:
+        self.listeners.append(listener)
+        listener(deepcopy(self.story.snapshot), [])
+
+    def unsubscribe(self, listener: Any) -> None:
+        self.listeners = [other for other in self.listeners if other != listener]
+
+    def go_on(self) -> None:
+        events = self.story.more(30)
+        self.story.snapshot.apply_all(events)
+        for listener in self.listeners:
+            listener(None, events)
+
+
+@pytest.mark.parametrize("scope", ["full", "aggregate", "self"])
+async def test_the_hub_follows_the_engine_only_while_somebody_looks(scope: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kv, "AWAKE_SECONDS", 0.2)
+    monkeypatch.setattr(kv, "AGGREGATE_DELAY", 0.1)
+    engine = Teller()
+    hub = kv.Hub(engine, Settings(panel_scope=scope))  # type: ignore[arg-type]
+    hub.start()
+    assert not engine.listeners
+    await hub.wake()
+    watching = hub.watch(STRANGER, "", anyio.Event())
+    first = await anext(watching)
+    before, told = hub.snapshot(STRANGER)["epoch"], engine.story.snapshot.seq
+    engine.go_on()
+    assert await anext(watching) != first
+    await asyncio.sleep(0.5)
+    assert len(engine.listeners) == 1, "somebody watches"
+
+    await watching.aclose()
+    await asyncio.sleep(0.5)
+    assert not engine.listeners
+    assert hub.mirror is None
+    for _ in range(5):
+        engine.go_on()
+    await hub.wake()
+    after = hub.snapshot(STRANGER)
+    assert (after["epoch"] == before) == (scope == "full")
+    if scope == "full":
+        assert after["seq"] == engine.story.snapshot.seq > told
+        assert after["counters"] == engine.story.snapshot.counters
+    elif scope == "aggregate":
+        assert after["seq"] == 0, "it would tell how much was written meanwhile"
+        assert after["counters"]["hit_tokens"] % after["block_size"] == 0
+    hub.stop()
+    assert not engine.listeners
+
+
+async def test_nothing_is_shown_in_whole_blocks_before_it_is_late(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kv, "AGGREGATE_DELAY", 0.3)
+    hub = kv.Hub(Teller(), Settings(panel_scope="aggregate"))  # type: ignore[arg-type]
+    hub.start()
+    asked = time.monotonic()
+    await hub.wake()
+    assert time.monotonic() - asked >= 0.29
+    hub.stop()
+
+
+async def test_a_glance_wakes_nobody():
+    engine = Teller()
+    hub = kv.Hub(engine, Settings())  # type: ignore[arg-type]
+    hub.start()
+    seen = await hub.glance()
+    assert seen is not None
+    assert seen.seq == engine.story.snapshot.seq
+    assert not engine.listeners
+    assert hub.mirror is None
+    engine.status = "failed"
+    assert await hub.glance() is None
+
+
+async def test_an_engine_that_does_not_answer_is_busy(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kv, "WAKE_SECONDS", 0.1)
+    engine = Teller()
+    monkeypatch.setattr(engine, "subscribe", lambda listener: None)
+    hub = kv.Hub(engine, Settings())  # type: ignore[arg-type]
+    hub.start()
+    with pytest.raises(Unavailable, match="busy with a long step"):
+        await hub.wake()
+    assert await hub.glance() is None
