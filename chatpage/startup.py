@@ -18,6 +18,7 @@ from chatpage.settings import Settings
 log = logging.getLogger(__name__)
 
 ALLOCATION = 2**21  # bytes of which a GPU's allocations are multiples
+FOUND_AGAIN = 0.95  # of a GPU's free memory
 
 
 class Startup:
@@ -97,7 +98,7 @@ class Startup:
     def _make_pool(self) -> int:
         """Give the runner its pool. Returns how many tokens a sequence can have."""
         budget = self._try_step()
-        num_blocks, longest = size_pool(budget, self._wish)
+        num_blocks, longest = self._size_pool(budget)
         if self._settings.max_model_len is None and longest < self._loaded.max_positions:
             self.notes.append(
                 f"Contexts end at {longest} tokens: the free memory holds no more "
@@ -110,6 +111,14 @@ class Startup:
                 raise
             raise self._pool_too_large(budget, num_blocks) from error
         return longest
+
+    def _size_pool(self, budget: Budget) -> tuple[int, int]:
+        try:
+            return size_pool(budget, self._wish)
+        except SettingError:
+            if self._is_gpu:  # what is advised must fit at the next start too, which may find a little less
+                size_pool(replace(budget, free=int(budget.free * FOUND_AGAIN)), self._wish)
+            raise
 
     def _pool_too_large(self, budget: Budget, num_blocks: int) -> SettingError:
         """Something else has taken memory since it was counted, or what is free is in pieces."""

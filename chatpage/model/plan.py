@@ -30,7 +30,8 @@ TILE = 64  # keys: shared tasks end at multiples of it; what is left of the shar
 # What things take, in the time in which a program attends to a tile of keys, fitted to 336 cases measured on an H200:
 # so many tiles can be read side by side by each multiprocessor; keys that several rows read for themselves come from
 # its cache mostly; a merge begins, and handles so many heads meanwhile; own tasks take longer beside shared ones.
-READ_AT_ONCE, CACHED, MERGE, MERGED_AT_ONCE, BESIDE = 2.1, 0.74, 0.75, 3700, 1.2
+READ_AT_ONCE, CACHED, MERGE, MERGED_AT_ONCE, BESIDE = 2.8, 0.76, 0.74, 3800, 1.12
+LEAST_SAVED = 256  # keys, where a single launch would do
 
 # Chunks of so few tokens, each behind so many, are computed as decodes.
 MOST_APART, LEAST_BEFORE = 128, 512
@@ -294,6 +295,8 @@ def _pays(contexts: NDArray, groups: list[Sharing], kind: Kind, processors: int,
     alone = max(alone_steps.max() / TILE, (contexts - saved + CACHED * saved).sum() / at_once)
     if (alone_steps < contexts).any():
         alone += merge
+    elif sum(sharing.saved for sharing in groups) < LEAST_SAVED:
+        return False
 
     tiles = [-(-len(sharing.rows) // per_task) for sharing in groups]
     longest = max(_shared_steps(groups, per_task, int((contexts - saved).sum()), shared_wanted))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from chatpage.model.batch import Row
 from chatpage.model.paged import flat_tables
-from chatpage.model.plan import TILE, Sharing, find_sharing
+from chatpage.model.plan import TILE, Kind, Sharing, find_sharing, make_plan
 
 SIZE = TILE  # tokens of a block, so that each shared block counts
 
@@ -66,3 +66,20 @@ def test_groups_are_apart_and_truly_share(tables: list[list[int]]) -> None:
     heads = np.array([table[:everybody] for table in tables])
     common = int((heads == heads[0]).all(axis=0).cumprod().sum()) if everybody else 0
     assert sum(sharing.saved for sharing in groups) >= (len(tables) - 1) * common * SIZE
+
+
+@pytest.mark.parametrize(
+    ("sessions", "shared", "own", "pays"),
+    [(2, 64, 32, False), (4, 64, 32, False), (16, 64, 32, True), (2, 2048, 128, True), (64, 2048, 128, True)],
+)
+def test_a_few_keys_are_not_worth_two_more_launches(sessions: int, shared: int, own: int, pays: bool) -> None:
+    """As it was measured on an H200: see benchmarks/RESULTS.md."""
+    trunk, size = range(1, shared // 16 + 1), 16
+    rows = [
+        Row([1], shared + own - 1, array("i", [*trunk, *range(1000 + i * 40, 1020 + i * 40)])) for i in range(sessions)
+    ]
+    starts, tables = flat_tables(rows, size)
+    groups = find_sharing(rows, starts, tables, size)
+    assert [sharing.tokens for sharing in groups] == [shared]
+    plan = make_plan(rows, starts, groups, Kind(32, 8, None), room=sessions, processors=132, queries=64)
+    assert bool(len(plan.shared)) == pays
