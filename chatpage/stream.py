@@ -82,8 +82,7 @@ class Stream(AsyncIterator[Delta]):
         return deltas
 
     async def __anext__(self) -> Delta:
-        if self._bell is None:
-            self._bell = Bell.of(asyncio.get_running_loop())
+        self._bell = Bell.of(asyncio.get_running_loop())
         while not self._read_all:
             self._ready.clear()
             with self._lock:
@@ -167,9 +166,9 @@ class Bell:
     def _round(self) -> None:
         with self._lock:
             ready, self._waiting = self._waiting, set()
-            self._is_planned = len(ready) > FEW
+            rests = self._is_planned = len(ready) > FEW
         _set_ready(ready)
-        if self._is_planned:
+        if rests:
             self._loop.call_later(min(len(ready) / WAKES_A_SECOND, LONGEST_REST), self._round)
 
 

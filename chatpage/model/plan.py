@@ -343,7 +343,7 @@ def _best(tables: "_Tables", counts: list[int], among: list[int], known: int, bl
 
 
 class _Tables:
-    """Block tables as bytes: two of them are compared by one call, and nothing is copied for it."""
+    """Block tables as bytes: two of them are compared by one call."""
 
     def __init__(self, tables: Ints, starts: Sequence[int]) -> None:
         self._bytes = tables.tobytes()

@@ -24,7 +24,7 @@ def suggestions(answer: str, asked: Iterable[str] = ()) -> list[str]:
 
     Args:
         asked: questions that are not to be suggested again. Where that leaves fewer than two, there are others, which
-            go on from those.
+            go on from those, until all were asked.
     """
     topics, judge = known()
     if options := judge.options(answer):

@@ -1,7 +1,7 @@
 """`/kv`: the block pool as it changes, for the panel.
 
 The engine tells the hub what happened after each step. The hub moves its mirror on by that, some tens of times a
-second, and hands the same bytes to all viewers who may see the same. Everything here runs on the event loop.
+second, and hands the same bytes to all viewers who may see the same. All but the listeners runs on the event loop.
 
 While nobody looks the hub sleeps: to follow each token of each session would take the loop as long as to send it.
 """
@@ -42,6 +42,7 @@ PING_SECONDS = 15
 STOP_SECONDS = 1  # for a stream to end by itself when the server stops
 AWAKE_SECONDS = 10  # that the hub stays awake after the last look
 WAKE_SECONDS = 30  # that a long step may keep the engine from answering
+GLANCE_SECONDS = 2  # the same, for who would rather go without an answer
 
 
 class Viewer:
@@ -83,7 +84,7 @@ class Viewer:
 class Hub:
     """The engine's state on the event loop, and who watches it.
 
-    `mirror` is None while the hub sleeps. In the scope `aggregate` it lags behind by AGGREGATE_DELAY.
+    `mirror` is None while the hub sleeps, or wakes. In the scope `aggregate` it lags behind by AGGREGATE_DELAY.
     """
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
@@ -100,6 +101,7 @@ class Hub:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waking: asyncio.Future[None] | None = None  # done when the mirror may be looked at
         self._looked = 0.0
+        self._glanced: asyncio.Future[Snapshot] | None = None  # of the last glance
 
     def start(self) -> None:
         """Call it on the event loop, before anything else."""
@@ -130,7 +132,7 @@ class Hub:
     def _sleep_unless_looked_at(self) -> None:
         if self._loop is None or self._waking is None:
             return
-        if self.viewers:
+        if self.viewers or not self._waking.done():
             self._looked = time.monotonic()
         left = self._looked + AWAKE_SECONDS - time.monotonic()
         if left <= 0:
@@ -140,6 +142,9 @@ class Hub:
 
     def _sleep(self) -> None:
         self.engine.unsubscribe(self._listen)
+        if self._waking is not None and not self._waking.done():
+            self._waking.set_exception(Unavailable(f"{self.engine.detail}; please try again in a moment."))
+            self._waking.exception()  # perhaps nobody waits any more
         self.mirror, self._waking = None, None
         self._arrived.clear()
         self._lines.clear()
@@ -148,20 +153,28 @@ class Hub:
             self._timer = None
 
     async def glance(self) -> Snapshot | None:
-        """The engine's state as it is, without following it; None where it is not ready, or busy."""
+        """The engine's state, to be read at once, without following it; None where it is not ready, or busy."""
+        if self.mirror is not None:
+            return self.mirror.snapshot
         if self.engine.status != "ready" or self._loop is None:
             return None
-        loop, seen = self._loop, self._loop.create_future()
+        if self._glanced is None or self._glanced.done():
+            self._glanced = self._look(self._loop)
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(asyncio.shield(self._glanced), GLANCE_SECONDS)
+        return None
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> "asyncio.Future[Snapshot]":
+        seen: asyncio.Future[Snapshot] = loop.create_future()
 
         def listen(snapshot: Snapshot | None, events: list[Event]) -> None:
             if snapshot is not None:
-                loop.call_soon_threadsafe(lambda: seen.done() or seen.set_result(snapshot))
+                with suppress(RuntimeError):  # the loop was closed meanwhile
+                    loop.call_soon_threadsafe(seen.set_result, snapshot)
 
         self.engine.subscribe(listen)
         self.engine.unsubscribe(listen)
-        with suppress(TimeoutError):
-            return await asyncio.wait_for(seen, WAKE_SECONDS)
-        return None
+        return seen
 
     def _listen(self, snapshot: Snapshot | None, events: list[Event]) -> None:
         """Called on the engine's thread."""
@@ -183,9 +196,14 @@ class Hub:
             return
         if self.scope != "full":  # its numbers begin anew, so they must not be taken for those of the mirror before
             snapshot.epoch = secrets.token_hex(4)
+        self._arrived.clear()  # what a subscription before this one told
         self.mirror = Mirror(snapshot)
-        waking = self._waking
-        self._loop.call_later(self.delay, lambda: waking.done() or waking.set_result(None))
+        self._loop.call_later(self.delay, self._be_awake, self._waking)
+
+    def _be_awake(self, waking: "asyncio.Future[None]") -> None:
+        self._looked = time.monotonic()  # who waits has not looked yet
+        if not waking.done():
+            waking.set_result(None)
 
     def _plan(self) -> None:
         """Arrange the next flush: when the oldest events are due, and not too soon after the last one."""

@@ -55,7 +55,8 @@ class Mirror:
         writer: for each block the session that wrote it last: its fill is exact for that one alone.
         common: how many events everybody has seen.
         extra: for a session, how many more it has seen, which are hidden from the others.
-        rounding: for a session, how many prefix-hit tokens rounding up has added; for STRANGER, over all of them.
+        rounding: for a session, how many prefix-hit tokens rounding up has added; for STRANGER, over all of them, less
+            those before the first snapshot.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
@@ -69,8 +70,8 @@ class Mirror:
                     self.writer[block] = session.id
         self.common = 0
         self.extra: dict[int, int] = {}
-        hits = snapshot.counters["hit_tokens"]
-        self.rounding = {STRANGER: whole(hits, snapshot.block_size) - hits}
+        # From 0 on: whoever saw the sums of two mirrors, and knows his own hits exactly, would know those of others.
+        self.rounding = {STRANGER: -snapshot.counters["hit_tokens"]}
 
     def apply(self, event: Event) -> Line:
         """Move on by one event. Returns how it is seen."""
