@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterable, Iterator
 
-from chatpage.tutor.judge import NEAR, Judge
+from chatpage.tutor.judge import NEAR, Judge, Nearest
 from chatpage.tutor.texts import Topic, load_topics, plain
 
 STARTERS = ("kvcache", "paged", "panel")
@@ -29,12 +29,18 @@ def suggestions(answer: str, asked: Iterable[str] = ()) -> list[str]:
     topics, judge = known()
     if options := judge.options(answer):
         return [topics[id].question for id in options]
-    nearest = judge.nearest(answer)
+    nearest = _nearest(answer)
     about = topics[nearest.topic] if nearest.nearness > NEAR else None
     own = about.next if about and about.next else STARTERS
     old = {plain(question) for question in (*asked, about.question if about else "")}
     new = [id for id in _onward(own) if plain(topics[id].question) not in old]
     return [topics[id].question for id in new[: max(FEW, len({*own} & {*new}))]]
+
+
+@functools.lru_cache(maxsize=1024)
+def _nearest(answer: str) -> Nearest:
+    """It takes some milliseconds, and the page asks again whenever it draws a chat."""
+    return known()[1].nearest(answer)
 
 
 def _onward(ids: Iterable[str]) -> Iterator[str]:

@@ -56,12 +56,18 @@ async def test_every_token_comes_once_and_in_order(count: int) -> None:
 
 
 async def test_a_few_get_every_token_alone() -> None:
-    for deltas in await speak(FEW, 0.02):
-        assert len(deltas) == TOKENS
+    streams = [Stream(lambda: None) for _ in range(FEW)]
+    for number in range(1, TOKENS):
+        reading = [asyncio.create_task(anext(stream)) for stream in streams]
+        await asyncio.sleep(0)
+        say(streams, token(number))
+        for delta in await asyncio.wait_for(asyncio.gather(*reading), 5):
+            assert delta.tokens == (number,)
 
 
 async def test_a_crowd_gets_several_tokens_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_module, "WAKES_A_SECOND", CROWD / 0.03)
+    monkeypatch.setattr(stream_module, "WAKES_A_SECOND", CROWD / 0.3)
+    monkeypatch.setattr(stream_module, "LONGEST_REST", 0.3)
     for deltas in await speak(CROWD, 0.005):
         assert len(deltas) < TOKENS / 2
         assert deltas[0].tokens == (1,)
