@@ -1,8 +1,6 @@
 """Answers of a real GPU, by its kernels and recorded steps: transformers' own, and nothing is compiled meanwhile."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ from tests.engine.desk import Desk, words
 from tests.engine.harness import greedy, paused, read, start
 from tests.engine.test_beams import search_as_transformers
 from tests.families import ANSWER, prompts
+from tests.model.families import write_families
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU runs the kernels in truth")
 
@@ -31,12 +30,7 @@ FAMILIES = RECORDED + UNRECORDED
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each family, with the answers of a process that never imports chatpage."""
-    root = tmp_path_factory.mktemp("families")
-    command = [sys.executable, "-m", "tests.families", str(root), *FAMILIES]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return root
+    return write_families(tmp_path_factory.mktemp("families"), FAMILIES)
 
 
 @pytest.mark.parametrize("cut", [{"max_step_tokens": 7, "block_size": 4}, {"block_size": 16, "max_sequences": 16}])

@@ -1,10 +1,23 @@
 """The engine's greedy answers to the prompts of tests/families.py."""
 
+import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from chatpage.schedule.request import Prompt, Request
 from tests.engine.harness import greedy, paused, read, start
 from tests.families import ANSWER, prompts
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_families(root: Path, families: Iterable[str]) -> Path:
+    """A folder for each family, with the answers of a process that never imports chatpage."""
+    command = [sys.executable, "-m", "tests.families", str(root), *families]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return root
 
 
 def answer(folder: Path) -> tuple[list[list[int]], list[str]]:

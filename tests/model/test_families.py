@@ -18,7 +18,7 @@ from chatpage.errors import ModelError
 from chatpage.model import check
 from chatpage.model.load import load
 from tests.families import TYPES, make_family
-from tests.model.families import answer
+from tests.model.families import answer, write_families
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,12 +38,7 @@ FAMILIES = NAMES.split()
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each family, with the answers of a process that never imports chatpage."""
-    root = tmp_path_factory.mktemp("families")
-    command = [sys.executable, "-m", "tests.families", str(root), *FAMILIES]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return root
+    return write_families(tmp_path_factory.mktemp("families"), FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
