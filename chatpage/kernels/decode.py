@@ -13,22 +13,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chatpage.kernels.softmax import Left, answer, attend, empty, leave, tile
+from chatpage.kernels.softmax import Left, answer, attend, empty, leave, stages, tile
 from chatpage.kernels.target import launched_early, let_the_next_one_begin, wait_for_the_one_before
 
 
 class Shape(NamedTuple):
-    """Of a program: keys at once, warps, and loads that run ahead."""
+    """Of a program: keys at once, warps, and tiles of keys that are loaded ahead."""
 
     keys: int
     warps: int
-    stages: int
+    ahead: int
 
 
 # Measured on an H200 with heads of 128 numbers (`benchmarks/RESULTS.md`): what is fastest where these programs have the
-# GPU to themselves, and where they must find room beside those that attend to shared keys.
-ALONE, BESIDE = Shape(64, 2, 3), Shape(32, 1, 3)
-CROWDED = 200  # programs: from here on they are made small, so that they fit beside shared tasks
+# GPU to themselves, and where they must find room beside those that attend to shared keys: the more they are, the less
+# each may take.
+ALONE, BESIDE, CROWDED = Shape(32, 1, 3), Shape(16, 1, 2), Shape(32, 1, 1)
+CROWD = 1024  # programs
 
 
 @triton.jit
@@ -60,18 +61,10 @@ def _decode(
         other=0.0,
     )
     state = empty(ROWS, VALUE_TILE)
-    whole = begin + (end - begin) // KEYS * KEYS
-    for start in tl.range(begin, whole, KEYS):
+    for start in tl.range(begin, end, KEYS):
         state = attend(
             state, asked, keys + kv_head * KEY_SIZE, values + kv_head * VALUE_SIZE, table,
             start + tl.arange(0, KEYS), end, member, member, scaling, softcap,
-            KV_HEADS * KEY_SIZE, KV_HEADS * VALUE_SIZE, KEY_SIZE, VALUE_SIZE, KEY_TILE, VALUE_TILE, BLOCK_SIZE,
-            CAPPED, WHOLE=True, MASKED=False,
-        )  # fmt: skip
-    if whole < end:
-        state = attend(
-            state, asked, keys + kv_head * KEY_SIZE, values + kv_head * VALUE_SIZE, table,
-            whole + tl.arange(0, KEYS), end, member, member, scaling, softcap,
             KV_HEADS * KEY_SIZE, KV_HEADS * VALUE_SIZE, KEY_SIZE, VALUE_SIZE, KEY_TILE, VALUE_TILE, BLOCK_SIZE,
             CAPPED, WHOLE=False, MASKED=False,
         )  # fmt: skip
@@ -112,7 +105,7 @@ def attend_decodes(
     """
     _, block_size, kv_heads, key_size = keys.shape
     heads, value_size = query.shape[1], values.shape[3]
-    shape = BESIDE if beside and len(rows) * kv_heads >= CROWDED else ALONE
+    shape = ALONE if not beside else BESIDE if len(rows) * kv_heads < CROWD else CROWDED
     early = {} if beside else launched_early()  # it must not take the place of the other, which takes longer
     _decode[(kv_heads, len(tasks))](
         query, keys, values, tables, tasks, rows, out, sinks, *left,
@@ -120,5 +113,5 @@ def attend_decodes(
         heads, kv_heads, key_size, value_size, tile(key_size), tile(value_size),
         block_size, softcap is not None, sinks is not None,
         max(16, triton.next_power_of_2(heads // kv_heads)), shape.keys,
-        num_warps=shape.warps, num_stages=shape.stages, **early,
+        num_warps=shape.warps, num_stages=stages(shape.ahead, shape.keys, keys, values), **early,
     )  # fmt: skip

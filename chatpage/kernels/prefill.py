@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chatpage.kernels.softmax import answer, attend, empty, tile
+from chatpage.kernels.softmax import answer, attend, empty, stages, tile
 
 ROWS = 64  # queries times heads that share a KV head, of a program
 KEYS = 64  # of a program at once
 WARPS = 4
-STAGES = 2  # of loads that run ahead
+AHEAD = 1  # tiles of keys that are loaded ahead
 
 
 @triton.jit
@@ -102,5 +102,5 @@ def attend_chunks(
         query.stride(0), query.stride(1), scaling, softcap or 0.0,
         heads, kv_heads, heads // kv_heads, window or 0, key_size, value_size, tile(key_size), tile(value_size),
         block_size, softcap is not None, sinks is not None, rows, KEYS,
-        num_warps=WARPS, num_stages=STAGES,
+        num_warps=WARPS, num_stages=stages(AHEAD, KEYS, keys, values),
     )  # fmt: skip

@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chatpage.kernels.softmax import Left, attend, empty, leave, tile
+from chatpage.kernels.softmax import Left, attend, empty, leave, stages, tile
 
 KEYS = 64  # of a program at once
 WARPS = 4
-STAGES = 2  # of loads that run ahead
+AHEAD = 2  # tiles that are loaded ahead
+LARGE = 128  # a tile of so many rows leaves no room for that
 
 
 @triton.jit
@@ -84,5 +85,5 @@ def attend_shared(
         query.stride(0), query.stride(1), scaling, softcap or 0.0,
         kv_heads, query.shape[1] // kv_heads, key_size, value_size, tile(key_size), tile(value_size),
         block_size, softcap is not None, shared_rows, KEYS,
-        num_warps=WARPS, num_stages=STAGES,
+        num_warps=WARPS, num_stages=2 if shared_rows >= LARGE else stages(AHEAD, KEYS, keys, values),
     )  # fmt: skip

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chatpage.kernels.target import shared_memory
+
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -32,6 +34,20 @@ class Left(NamedTuple):
 def tile(size: int) -> int:
     """How wide a tile of this many numbers is."""
     return max(16, triton.next_power_of_2(size))
+
+
+def stages(ahead: int, count: int, keys: Tensor, values: Tensor) -> int:
+    """Triton's number of stages for a loop of `attend`, of which so many tiles of keys and values are loaded ahead.
+
+    Fewer where a multiprocessor has no room for two such programs. A tile counts twice, since the numbers of its
+    blocks are loaded before it.
+
+    Args:
+        count: keys of a tile.
+        keys, values: the pool of one layer.
+    """
+    bytes_of_tile = count * (tile(keys.shape[3]) + tile(values.shape[3])) * keys.element_size()
+    return 1 + 2 * max(1, min(ahead, shared_memory() // 2 // bytes_of_tile))
 
 
 @triton.jit
@@ -55,15 +71,11 @@ def capped(scores, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _gather(
-    pool, slots, there, ROW: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr
-):  # fmt: skip
-    """The numbers (slots, TILE) of some slots, zeros where there is nothing to read."""
+def _gather(pool, slots, ROW: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr):
+    """The numbers (slots, TILE) of some slots, zeros behind the first SIZE."""
     column = tl.arange(0, TILE)
     at = pool + slots[:, None] * ROW + column[None, :]
-    if not WHOLE:
-        return tl.load(at, mask=there[:, None] & (column < SIZE)[None, :], other=0.0)
-    elif SIZE < TILE:
+    if SIZE < TILE:
         return tl.load(at, mask=(column < SIZE)[None, :], other=0.0)
     else:
         return tl.load(at)
@@ -82,29 +94,25 @@ def attend(
         query: (queries, KEY_TILE).
         keys, values: the pool at the right head; KEY_ROW and VALUE_ROW numbers lie between two slots.
         table: of the sequence.
-        positions, end: of the keys. Those from `end` on are not read; WHOLE says that there are none.
+        positions, end: of the keys. Those from `end` on do not count; WHOLE says that there are none.
         first_visible, last_visible: (queries,) positions that each query sees; looked at only where MASKED.
     """
     largest, total, weighted = state
-    there = positions < end
-    if WHOLE:
-        blocks = tl.load(table + positions // BLOCK_SIZE)
-    else:
-        blocks = tl.load(table + positions // BLOCK_SIZE, mask=there, other=0)
-    slots = blocks.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
-    key = _gather(keys, slots, there, KEY_ROW, KEY_SIZE, KEY_TILE, WHOLE)
+    read = positions if WHOLE else tl.minimum(positions, end - 1)  # no mask, so that loads can run ahead
+    slots = tl.load(table + read // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE + read % BLOCK_SIZE
+    key = _gather(keys, slots, KEY_ROW, KEY_SIZE, KEY_TILE)
     scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scaling
     scores = capped(scores, softcap, CAPPED) * LOG2_E
     if MASKED:
         visible = (positions[None, :] >= first_visible[:, None]) & (positions[None, :] <= last_visible[:, None])
         scores = tl.where(visible, scores, float("-inf"))
     elif not WHOLE:
-        scores = tl.where(there[None, :], scores, float("-inf"))
+        scores = tl.where((positions < end)[None, :], scores, float("-inf"))
     new = tl.maximum(largest, tl.max(scores, 1))
     shift = tl.where(new == float("-inf"), 0.0, new) if MASKED else new  # a query may see none of these keys
     weights = tl.exp2(scores - shift[:, None])
     fade = tl.exp2(largest - shift)
-    value = _gather(values, slots, there, VALUE_ROW, VALUE_SIZE, VALUE_TILE, WHOLE)
+    value = _gather(values, slots, VALUE_ROW, VALUE_SIZE, VALUE_TILE)
     weighted = tl.dot(weights.to(value.dtype), value, weighted * fade[:, None], input_precision="ieee")
     return new, total * fade + tl.sum(weights, 1), weighted
 

@@ -5,6 +5,8 @@ start costs no time then. It must wait before it reads what was written shortly 
 every program of it must, those too that have nothing to do: its end is taken for the end of the one before.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -32,3 +34,11 @@ def let_the_next_one_begin():
 def launched_early() -> dict[str, bool]:
     """Options of a launch whose kernel waits by itself."""
     return {"launch_pdl": True} if EARLY.value else {}
+
+
+@cache
+def shared_memory() -> int:
+    """Bytes that a program may have for itself on a multiprocessor."""
+    if not torch.cuda.is_available():
+        return 1 << 16  # under Triton's interpreter, where it does not matter
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
