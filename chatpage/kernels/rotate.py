@@ -16,6 +16,8 @@ from torch import Tensor
 
 from chatpage.kernels.target import launched_early, let_the_next_one_begin, wait_for_the_one_before
 
+AT_ONCE = 8  # heads of a program
+
 
 class Turn(NamedTuple):
     """How heads are turned.
@@ -37,37 +39,42 @@ class Turn(NamedTuple):
 def _turn_and_store(
     heads, cos, sin, query_norm, key_norm, slots, query, keys, values, epsilon,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, NORMS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     let_the_next_one_begin()
-    head, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    at = tl.arange(0, TILE)
-    inside = at < SIZE
-    source = heads + token * (HEADS + 2 * KV_HEADS) * SIZE + head * SIZE
+    token = tl.program_id(1).to(tl.int64)
+    head, at = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE), tl.arange(0, TILE)
     slot = tl.load(slots + token).to(tl.int64)
-    wait_for_the_one_before()
-    numbers = tl.load(source + at, mask=inside, other=0.0)
-    if head >= HEADS + KV_HEADS:
-        if slot >= 0:
-            tl.store(values + (slot * KV_HEADS + head - HEADS - KV_HEADS) * SIZE + at, numbers, mask=inside)
-        return
+    is_query, is_value = head < HEADS, head >= HEADS + KV_HEADS
+    is_key = (head >= HEADS) & (head < HEADS + KV_HEADS)
+    is_inside = at < SIZE
+    inside = (head < HEADS + 2 * KV_HEADS)[:, None] & is_inside[None, :]
     other = (at + SIZE // 2) % SIZE
-    turned, across = numbers.to(tl.float32), tl.load(source + other, mask=inside, other=0.0).to(tl.float32)
+    source = heads + (token * (HEADS + 2 * KV_HEADS) + head[:, None]) * SIZE
+    wait_for_the_one_before()
+    numbers = tl.load(source + at[None, :], mask=inside, other=0.0)
+    turned = numbers.to(tl.float32)
+    across = tl.load(source + other[None, :], mask=inside, other=0.0).to(tl.float32)
     if NORMS:
-        scale = tl.rsqrt(tl.sum(turned * turned, 0) / SIZE + epsilon)
-        is_query, is_key = at < tl.where(head < HEADS, SIZE, 0), at < tl.where(head < HEADS, 0, SIZE)
-        weight = tl.load(query_norm + at, mask=is_query, other=0.0) + tl.load(key_norm + at, mask=is_key, other=0.0)
-        turned = (turned * scale * weight).to(numbers.dtype).to(tl.float32)
-        weight = tl.load(query_norm + other, mask=is_query, other=0.0) + tl.load(
-            key_norm + other, mask=is_key, other=0.0
-        )
-        across = (across * scale * weight).to(numbers.dtype).to(tl.float32)
-    turned = turned * tl.load(cos + token * SIZE + at, mask=inside, other=0.0)
-    turned += across * tl.load(sin + token * SIZE + at, mask=inside, other=0.0)
+        scale = tl.rsqrt(tl.sum(turned * turned, 1) / SIZE + epsilon)[:, None]
+        turned = (turned * scale * _weights(query_norm, key_norm, is_query, at, is_inside)).to(numbers.dtype)
+        across = (across * scale * _weights(query_norm, key_norm, is_query, other, is_inside)).to(numbers.dtype)
+        turned, across = turned.to(tl.float32), across.to(tl.float32)
+    turned = turned * tl.load(cos + token * SIZE + at, mask=is_inside, other=0.0)[None, :]
+    turned += across * tl.load(sin + token * SIZE + at, mask=is_inside, other=0.0)[None, :]
     turned = turned.to(numbers.dtype)
-    if head < HEADS:
-        tl.store(query + (token * HEADS + head) * SIZE + at, turned, mask=inside)
-    elif slot >= 0:
-        tl.store(keys + (slot * KV_HEADS + head - HEADS) * SIZE + at, turned, mask=inside)
+    tl.store(query + (token * HEADS + head[:, None]) * SIZE + at[None, :], turned, mask=inside & is_query[:, None])
+    if slot >= 0:
+        row = slot * KV_HEADS + head[:, None] - HEADS
+        tl.store(keys + row * SIZE + at[None, :], turned, mask=inside & is_key[:, None])
+        tl.store(values + (row - KV_HEADS) * SIZE + at[None, :], numbers, mask=inside & is_value[:, None])
+
+
+@triton.jit
+def _weights(query_norm, key_norm, is_query, at, is_inside):
+    """Of the norm of each head, (heads, numbers)."""
+    of_query = tl.load(query_norm + at, mask=is_inside, other=0.0)[None, :]
+    return tl.where(is_query[:, None], of_query, tl.load(key_norm + at, mask=is_inside, other=0.0)[None, :])
 
 
 def turn_and_store(heads: Tensor, turn: Turn, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
@@ -82,9 +89,9 @@ def turn_and_store(heads: Tensor, turn: Turn, keys: Tensor, values: Tensor, slot
     kv_heads = keys.shape[2]
     query = heads.new_empty(tokens, count - 2 * kv_heads, size)
     norms = turn.query_norm is not None
-    _turn_and_store[(count, tokens)](
+    _turn_and_store[(triton.cdiv(count, AT_ONCE), tokens)](
         heads, turn.cos, turn.sin, turn.query_norm, turn.key_norm, slots, query, keys, values, turn.epsilon,
-        count - 2 * kv_heads, kv_heads, size, triton.next_power_of_2(size), norms,
+        count - 2 * kv_heads, kv_heads, size, triton.next_power_of_2(size), norms, AT_ONCE,
         num_warps=1, **launched_early(),
     )  # fmt: skip
     return query

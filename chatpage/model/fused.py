@@ -44,7 +44,7 @@ class FusedModel:
         parts: list[Any] = [getattr(decoder, name, None) for name in ("embed_tokens", "rotary_emb", "norm", "layers")]
         if None in parts or type(parts[0]) is not nn.Embedding:
             raise NotUsual("It has no plain embedding, one RoPE, layers and a last norm.")
-        self.embedding, self._rotary, norm, layers = parts
+        self.embedding, self.rotary, norm, layers = parts
         self.norm = Norm(norm)
         self.head = Product([module.get_output_embeddings()])
         if len(layers) != len(calls):
@@ -67,7 +67,7 @@ class FusedModel:
 
     def rotation(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (tokens, 1, head_size), the sines with the sign that the other half enters with."""
-        cos, sin = (part[0, :, None] for part in self._rotary(hidden[None], positions[None]))
+        cos, sin = (part[0, :, None] for part in self.rotary(hidden[None], positions[None]))
         first, second = sin.chunk(2, dim=-1)
         return cos, torch.cat([-first, second], dim=-1)
 

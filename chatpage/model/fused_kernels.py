@@ -3,9 +3,13 @@
 add, norm ── q|k|v ── norms of heads, RoPE, store ── attention ── product ── add, norm ── gate|up ── gate ── product
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
+from chatpage.kernels.angles import angles
 from chatpage.kernels.gate import gate
 from chatpage.kernels.norm import add_and_norm
 from chatpage.kernels.rotate import Turn
@@ -13,6 +17,11 @@ from chatpage.model.attention import Attention
 from chatpage.model.batch import Inputs
 from chatpage.model.fused import FusedModel, GatedProduct, Layer
 from chatpage.model.paged import KernelAttention
+
+Rotation = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see `FusedModel.rotation`
+
+TRIED = (0, 1, 5, 17, 127, 1000, 4095, 100_000)  # positions at which two rotations are compared
+ROUNDING = 1e-5
 
 
 class KernelModel:
@@ -24,12 +33,13 @@ class KernelModel:
 
     def __init__(self, fused: FusedModel) -> None:
         self._fused = fused
+        self._rotation = _rotation_by_kernel(fused) or fused.rotation
 
     def forward(self, batch: Inputs, attention: Attention) -> Tensor:
         """Logits (rows, vocabulary) of each row's last token. Called in inference mode."""
         fused = self._fused
         hidden, more = fused.embedding(batch.token_ids), None
-        rotation = fused.rotation(hidden, batch.positions)
+        rotation = self._rotation(hidden, batch.positions)
         for layer in fused.layers:
             hidden, normed = add_and_norm(hidden, more, layer.before.weight, layer.before.epsilon)
             more = layer.out(self._attend(layer, normed, rotation, attention))
@@ -44,7 +54,7 @@ class KernelModel:
         if not isinstance(attention, KernelAttention):
             return layer.attend(normed, rotation, attention)
         heads = layer.into(normed).view(len(normed), -1, layer.size)
-        cos, sin = (part[:, 0].contiguous() for part in rotation)
+        cos, sin = (part[:, 0].contiguous() for part in rotation)  # as it is, where a kernel made it
         turn = Turn(cos, sin)
         if layer.query_norm and layer.key_norm:
             turn = Turn(cos, sin, layer.query_norm.weight, layer.key_norm.weight, layer.query_norm.epsilon)
@@ -57,3 +67,22 @@ class KernelModel:
         if isinstance(mlp, GatedProduct) and isinstance(mlp.activation, SiLUActivation | nn.SiLU):
             return mlp.out(gate(mlp.into(normed)))
         return mlp(normed)
+
+
+@torch.inference_mode()
+def _rotation_by_kernel(fused: FusedModel) -> Rotation | None:
+    """One kernel for what takes the model's own module ten, if it gives the same."""
+    frequencies = getattr(fused.rotary, "inv_freq", None)
+    scaling = getattr(fused.rotary, "attention_scaling", 1.0)
+    if frequencies is None or frequencies.dim() != 1:
+        return None
+
+    def rotation(hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = angles(positions, frequencies, scaling, hidden)
+        return cos[:, None], sin[:, None]
+
+    positions = torch.tensor(TRIED, device=frequencies.device)
+    hidden = torch.zeros(len(TRIED), 1, device=frequencies.device)
+    pairs = list(zip(fused.rotation(hidden, positions), rotation(hidden, positions), strict=True))
+    is_same = all(a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=ROUNDING) for a, b in pairs)
+    return rotation if is_same else None

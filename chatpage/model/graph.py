@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from chatpage.kernels.draw import draw
+from chatpage.kernels.inputs import widen
 from chatpage.kernels.merge import FEW
 from chatpage.kernels.prefill import queries_per_task
 from chatpage.model.batch import Row
@@ -114,12 +115,14 @@ class Graphs:
 
     def _run(self, frame: Frame) -> None:
         numbers, rows = self._numbers, frame.size.rows
-        sources = frame.sources.of(numbers)
-        inputs = RecordedInputs(
-            token_ids=self._last.at(sources).where(sources >= 0, frame.token_ids.of(numbers).long()),
-            positions=frame.positions.of(numbers).long(),
-            sampled=frame.sampled.of(numbers).long(),
+        token_ids, positions, sampled = widen(
+            frame.token_ids.of(numbers),
+            frame.sources.of(numbers),
+            frame.positions.of(numbers),
+            frame.sampled.of(numbers),
+            self._last.tokens,
         )
+        inputs = RecordedInputs(token_ids, positions, sampled)
         plans = {kind: self._device_plan(frame, kind) for kind in self._kinds}
         attention = KernelAttention(self.pool, frame.slots.of(numbers), plans.__getitem__)
         logits = self._forward(inputs, attention)

@@ -1,11 +1,13 @@
-"""The kernels between two products: norms, the gate, and what happens to heads before attention."""
+"""The kernels before and between products: inputs, angles, norms, the gate, and what happens to heads."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chatpage.kernels.angles import angles
 from chatpage.kernels.gate import gate
+from chatpage.kernels.inputs import TILE, widen
 from chatpage.kernels.norm import add_and_norm
 from chatpage.kernels.rotate import Turn, turn_and_store
 from tests.kernels.conftest import DEVICE, ON_GPU
@@ -22,6 +24,38 @@ def assert_near(found: Tensor, expected: Tensor, allowed: float) -> None:
     """By the norm of the difference, which no missing number passes."""
     found, expected = found.double(), expected.double()
     assert (found - expected).norm() <= allowed * expected.norm()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, TILE + 3])
+def test_inputs_are_widened_and_tokens_fetched(tokens: int) -> None:
+    given, positions = torch.arange(100, 100 + tokens), torch.arange(7, 7 + tokens)
+    sources = torch.full((tokens,), -1)
+    sources[tokens // 2] = 2
+    drawn = torch.tensor([9, -1, 5, 8], device=DEVICE)
+    rows = min(tokens, 3)
+    numbers = (numbers.to(DEVICE, torch.int32) for numbers in (given, sources, positions, positions[:rows]))
+    token_ids, *others = widen(*numbers, drawn)
+    given[tokens // 2] = 5
+    for found, expected in zip((token_ids, *others), (given, positions, positions[:rows]), strict=True):
+        assert found.dtype == torch.int64
+        assert torch.equal(found.cpu(), expected)
+
+
+def test_a_broken_rows_token_is_any_that_there_is() -> None:
+    numbers = [torch.tensor([n], dtype=torch.int32, device=DEVICE) for n in (3, 0, 4, 0)]
+    token_ids, _, _ = widen(*numbers, torch.tensor([-1], device=DEVICE))
+    assert token_ids.tolist() == [0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("half", [32, 40])
+def test_angles(half: int, dtype: torch.dtype) -> None:
+    positions, frequencies = torch.tensor([0, 1, 77, 40_000]), torch.rand(half)
+    exact = (positions[:, None].float() * frequencies).double()  # as models round them
+    cos, sin = angles(positions.to(DEVICE), frequencies.to(DEVICE), 1.5, draw(1, dtype=dtype))
+    assert cos.dtype == sin.dtype == dtype
+    assert_near(cos, 1.5 * exact.cos().repeat(1, 2).to(DEVICE), DTYPES[dtype])
+    assert_near(sin, 1.5 * torch.cat([-exact.sin(), exact.sin()], -1).to(DEVICE), DTYPES[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
