@@ -2,6 +2,7 @@
 
 import base64
 import struct
+from typing import Any
 
 import pytest
 
@@ -67,6 +68,13 @@ def test_listeners_hear_each_event_once_in_order() -> None:
     log.emit("evict", "test", block=3)
     log.emit("end", "test", sequence=1)
     assert heard == [Event(1, "evict", "test", block=3), Event(2, "end", "test", sequence=1)]
+
+
+def test_each_field_of_an_event_is_what_was_told() -> None:
+    log, heard = listened()
+    told: dict[str, Any] = {field: field for field in Event._fields if field != "seq"}
+    log.emit(**told)
+    assert heard[0]._asdict() == {"seq": 1, **told}
 
 
 def test_every_log_has_its_own_epoch() -> None:
