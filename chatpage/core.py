@@ -491,7 +491,7 @@ class Core:
     def _run_in_two(self, chunk: Chunk) -> Drawn:
         """Run a chunk that does not fit into memory as two smaller ones, one after the other."""
         half = chunk.count // 2
-        [given] = self._run([replace(chunk, count=half, reaches_end=False)])
+        [given] = self._run([replace(chunk, count=half, draws=False)])
         if given.error:
             return given
         [given] = self._run([replace(chunk, start=chunk.start + half, count=chunk.count - half)])

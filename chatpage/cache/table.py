@@ -74,6 +74,8 @@ class BlockTable:
         Raises:
             PoolFull: there is no room; nothing was changed.
         """
+        if self.append_in_place(count):
+            return None
         pool, size = self.pool, self.pool.block_size
         writes_last = self.length % size != 0
         wanted = range(len(self.blocks), -(-(self.length + count) // size))
@@ -89,6 +91,21 @@ class BlockTable:
         self.blocks.extend(fresh)
         self._write(count)
         return copied
+
+    def append_in_place(self, count: int) -> bool:
+        """`append`, but only where no block changes hands; False where one must, and then nothing was changed.
+
+        The last block has room then, and it is the table's own: nobody else holds it, and nobody can find it. (What is
+        pinned is published.) So it is nearly always for who decodes.
+        """
+        pool, size = self.pool, self.pool.block_size
+        if not 0 < self.length % size <= size - count:
+            return False
+        block = self.blocks[-1]
+        if pool.ref[block] > 1 or pool.node[block] is not None:
+            return False
+        self._fill(len(self.blocks) - 1, self.length + count)
+        return True
 
     @property
     def must_copy(self) -> bool:
@@ -117,14 +134,14 @@ class BlockTable:
     def _write(self, count: int) -> None:
         size, end = self.pool.block_size, self.length + count
         for logical in range(self.length // size, len(self.blocks)):
-            block = self.blocks[logical]
-            at = min(end, (logical + 1) * size)
-            fill = at - logical * size
-            self.pool.fill[block] = fill
-            self.pool.events.emit(
-                "write", "append", sequence=self.sequence, logical=logical, block=block, fill=fill, at=at
-            )
-        self.length = end
+            self._fill(logical, min(end, (logical + 1) * size))
+
+    def _fill(self, logical: int, at: int) -> None:
+        """The block's slots up to token `at` are written."""
+        pool, block = self.pool, self.blocks[logical]
+        pool.fill[block] = fill = at - logical * pool.block_size
+        pool.events.emit("write", "append", sequence=self.sequence, logical=logical, block=block, fill=fill, at=at)
+        self.length = at
 
     def fork(self, sequence: int, at: int, *, session: int) -> "BlockTable":
         """A second table that shares the blocks of the first `at` tokens."""
@@ -175,8 +192,7 @@ class BlockTable:
         while (self._published + 1) * size <= computed and self._may_publish(size):
             self._node = self._publish_block(self._published, tokens, size)
             self._published += 1
-        rest = computed - self._published * size
-        if tail and 0 < rest < size and self._may_publish(rest):
+        if tail and 0 < (rest := computed - self._published * size) < size and self._may_publish(rest):
             self._publish_block(self._published, tokens, rest)
 
     def _may_publish(self, count: int) -> bool:

@@ -45,7 +45,7 @@ class Chunk:
 
     Attributes:
         stores: False where the token's keys and values were found: it runs again only for its logits.
-        reaches_end: whether the last of them is the last that the sequence has.
+        draws: whether the next token is drawn after them.
         life: of the sequence, when this was scheduled.
     """
 
@@ -53,17 +53,12 @@ class Chunk:
     start: int
     count: int
     stores: bool = True
-    reaches_end: bool = False
+    draws: bool = False
     life: int = 0
 
     @property
     def end(self) -> int:
         return self.start + self.count
-
-    @property
-    def draws(self) -> bool:
-        """Whether the next token is drawn after this chunk."""
-        return self.sequence.draws and self.reaches_end
 
     @property
     def is_wanted(self) -> bool:
@@ -368,33 +363,31 @@ class Scheduler:
 
     def _run(self, sequence: Sequence, budget: int, step: Step) -> int:
         """Put the next tokens of a running sequence into the step. Returns how many."""
-        length, start = sequence.length, sequence.table.length
-        if sequence.pending and self._sits_out(sequence):
+        table, length, stores = sequence.table, sequence.length, True
+        start = table.length
+        count = min(budget, length - start)
+        if sequence.pending and length == sequence.limit:  # its last token is on its way
             return 0
-        if start == length:  # everything was found
-            chunk = Chunk(sequence, start - 1, 1, False, True, sequence.life)
-        else:
-            count = min(budget, length - start)
-            if not self._append(sequence, count, step):
-                return 0
-            chunk = Chunk(sequence, start, count, True, start + count == length, sequence.life)
-        sequence.pending += chunk.draws
-        step.chunks.append(chunk)
-        state = "decode" if sequence.generated or chunk.reaches_end else "prefill"
-        self._become(sequence, state, "scheduled")
-        return chunk.count
-
-    @staticmethod
-    def _sits_out(sequence: Sequence) -> bool:
-        """Whether it has nothing to do before its next token is known.
-
-        It is the last one; or a copy would be put in the place of a block that the step in flight reads or writes,
-        which must still be in the table should that step fail (`distrust`).
-        """
-        return sequence.length == sequence.limit or sequence.table.must_copy
+        if not count:  # everything was found
+            start, count, stores = start - 1, 1, False
+        elif not (table.append_in_place(count) or self._append(sequence, count, step)):
+            return 0
+        reaches_end = start + count == length
+        draws = reaches_end and sequence.draws
+        sequence.pending += draws
+        step.chunks.append(Chunk(sequence, start, count, stores, draws, sequence.life))
+        if sequence.state != "decode":  # who decodes goes on with it
+            self._become(sequence, "decode" if reaches_end or sequence.generated else "prefill", "scheduled")
+        return count
 
     def _append(self, sequence: Sequence, count: int, step: Step) -> bool:
-        """Slots for `count` more tokens of a running sequence, at the cost of others where it must be."""
+        """Slots for `count` more tokens of a running sequence, at the cost of others where it must be.
+
+        A copy of its last block waits for the step in flight, which reads or writes that block: should the step fail,
+        it must still be in the table (`distrust`).
+        """
+        if sequence.pending and sequence.table.must_copy:
+            return False
         while True:
             try:
                 copied = sequence.table.append(count)

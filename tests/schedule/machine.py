@@ -633,14 +633,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert sequence not in before.beams, "goes on without the others"
             assert chunk.end <= length
             assert chunk.end < (sequence.limit or length + 1), "computes what comes after its last token"
-            assert chunk.reaches_end == (chunk.end == length)
+            reaches_end = chunk.end == length
+            assert chunk.draws == (reaches_end and sequence.draws)
             looks_back = sequence.params.penalizes or sequence.candidates
             assert not (before.pending(sequence) and looks_back), "draws without a look at what it drew"
             ahead = before.in_flight.get(sequence)
             start = sequence.computed + (ahead.count if ahead and ahead.stores else 0)
             assert chunk.start == start - (not chunk.stores), "tokens are left out, or run twice"
-            assert chunk.stores or (chunk.count == 1 and chunk.reaches_end)
-            is_prefill = sequence.generated == 0 and not chunk.reaches_end
+            assert chunk.stores or (chunk.count == 1 and reaches_end)
+            is_prefill = sequence.generated == 0 and not reaches_end
             assert sequence.state == ("prefill" if is_prefill else "decode")
 
     # -- what was computed ----------------------------------------------------------------------------------------

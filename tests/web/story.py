@@ -70,7 +70,7 @@ class Story:
         step = self.scheduler.schedule()
         self.scheduler.finish(step)
         for chunk in step.chunks:
-            if chunk.reaches_end and chunk.sequence.draws:
+            if chunk.draws:
                 chunk.sequence.tokens.append(self.random.randrange(3))
         for sequence in step.exhausted:
             self._finish(sequence)
