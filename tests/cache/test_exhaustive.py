@@ -21,6 +21,7 @@ def test_nothing_goes_wrong_in_seven_operations() -> None:
     [
         (BlockPool, "needs_copy", faults.misses_the_copy_of_a_shared_block),
         (BlockPool, "_forget", faults.leaves_an_evicted_block_in_the_tree),
+        (BlockTable, "append_in_place", faults.writes_in_place_what_others_hold_or_find),
         (BlockTable, "_climb", faults.stays_at_the_node_of_a_block_that_it_gave_back),
         (BlockTable, "release", faults.releases_twice),
     ],

@@ -33,7 +33,7 @@ def test_walks() -> None:
 
 # -- faults: each is one line of the cache, wrong ----------------------------------------------------------------------
 
-fork, publish = BlockTable.fork, BlockTable.publish
+append_in_place, fork, publish = BlockTable.append_in_place, BlockTable.fork, BlockTable.publish
 may_publish, publish_block = BlockTable._may_publish, BlockTable._publish_block
 allocate, share, evict, settle = BlockPool.allocate, BlockPool.share, BlockPool._evict, BlockPool._settle
 find, insert, remove = PrefixTree.find, PrefixTree.insert, PrefixTree.remove
@@ -44,6 +44,17 @@ def releases_twice(table: BlockTable, reason: str = "end") -> None:
     table.length = 0
     for logical, block in reversed(list(enumerate(table.blocks))):
         table.pool.release(block, table.sequence, logical, reason)
+
+
+def writes_in_place_what_others_hold_or_find(table: BlockTable, count: int) -> bool:
+    has_room = 0 < table.length % table.pool.block_size <= table.pool.block_size - count
+    if has_room:
+        table._fill(len(table.blocks) - 1, table.length + count)
+    return has_room
+
+
+def writes_only_what_has_room_in_place(table: BlockTable, count: int) -> bool:
+    return append_in_place(table, min(count, -table.length % table.pool.block_size))
 
 
 def misses_the_copy_of_a_shared_block(pool: BlockPool, block: int) -> bool:
@@ -180,6 +191,8 @@ def forgets_to_say_that_a_block_is_unpublished(pool: BlockPool, block: int, reas
 
 FAULTS = [
     (BlockTable, "release", releases_twice),
+    (BlockTable, "append_in_place", writes_in_place_what_others_hold_or_find),
+    (BlockTable, "append_in_place", writes_only_what_has_room_in_place),
     (BlockTable, "_may_publish", publishes_below_a_block_that_has_gone),
     (BlockTable, "_may_publish", keeps_the_name_that_a_fork_gave),
     (BlockTable, "_publish_block", gives_a_block_two_names),
