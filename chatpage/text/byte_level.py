@@ -1,8 +1,5 @@
 """Byte-level BPE, as GPT-2, Llama 3 and Qwen have it: every token is spelt in letters that stand for bytes."""
 
-from collections.abc import Callable
-from functools import cache, lru_cache
-
 from transformers import PreTrainedTokenizerBase
 
 
@@ -26,16 +23,10 @@ def spelt(token: str) -> bytes | None:
     return None
 
 
-@lru_cache(maxsize=8)
-def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], bytes]:
-    """What each token that is not special adds to a text, for a tokenizer of this kind."""
-
-    @cache
-    def of(token_id: int) -> bytes:
-        token = tokenizer.convert_ids_to_tokens(token_id)
-        if not isinstance(token, str):  # a padded vocabulary has ids without a token
-            return b""
-        raw = spelt(token)
-        return token.encode() if raw is None else raw
-
-    return of
+def bytes_of(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
+    """What a token that is not special adds to a text, with a tokenizer of this kind."""
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    if not isinstance(token, str):  # a padded vocabulary has ids without a token
+        return b""
+    raw = spelt(token)
+    return token.encode() if raw is None else raw

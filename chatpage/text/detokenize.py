@@ -3,8 +3,8 @@
 What `add` and `flush` return, put together, is what decoding all ids at once gives without special tokens.
 """
 
-import codecs
 import re
+from codecs import utf_8_decode
 from collections.abc import Callable
 from enum import Enum
 from functools import cache, lru_cache
@@ -14,13 +14,14 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from chatpage.text.byte_level import bytes_of_tokens
+from chatpage.text.byte_level import bytes_of
 
 # A byte-fallback tokenizer decodes a run of these as one piece: whether its bytes are text is known when the run ends.
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 REPLACEMENT = "\ufffd"
 LONGEST_WINDOW = 12
 KEPT_WINDOW = 4
+MOST_KEPT = 65_536  # tokens whose text is known
 
 
 class Detokenizer(Protocol):
@@ -42,18 +43,33 @@ def detokenizer(tokenizer: PreTrainedTokenizerBase) -> Detokenizer:
 
 
 class OfBytes:
-    """For byte-level tokens: their bytes add up, and a decoder of UTF-8 keeps those of half a character."""
+    """For byte-level tokens: their bytes add up, and those of half a character wait for the rest of it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._silent = silent_ids(tokenizer)
-        self._bytes = bytes_of_tokens(tokenizer)
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._go_on = _from_bytes(tokenizer)
+        self._half = b""
 
     def add(self, token_id: int) -> str:
-        return "" if token_id in self._silent else self._decoder.decode(self._bytes(token_id))
+        text, self._half = self._go_on(self._half, token_id)
+        return text
 
     def flush(self) -> str:
-        return self._decoder.decode(b"", final=True)
+        rest, self._half = self._half, b""
+        return rest.decode(errors="replace")
+
+
+@lru_cache(maxsize=8)
+def _from_bytes(tokenizer: PreTrainedTokenizerBase) -> Callable[[bytes, int], tuple[str, bytes]]:
+    """What half a character and the next token are together: text, and half a character again."""
+    silent = silent_ids(tokenizer)
+
+    @lru_cache(maxsize=MOST_KEPT)
+    def go_on(half: bytes, token_id: int) -> tuple[str, bytes]:
+        held = half if token_id in silent else half + bytes_of(tokenizer, token_id)
+        text, used = utf_8_decode(held, "replace")
+        return text, held[used:]
+
+    return go_on
 
 
 class Role(Enum):
