@@ -40,7 +40,7 @@ class Answer:
         self._count += 1
         if token in self._stop_token_ids:
             return self.flush(), "stop"
-        text, stopped = self._pass(self._detokenizer.add(token))
+        text, stopped = self._stops.add(self._detokenizer.add(token), exempt=self._count <= self._min_tokens)
         if not stopped and self._count >= self._limit:
             rest, stopped = self._rest()
             return text + rest, "stop" if stopped else "length"
@@ -51,8 +51,5 @@ class Answer:
         return self._rest()[0]
 
     def _rest(self) -> tuple[str, bool]:
-        text, stopped = self._pass(self._detokenizer.flush())
+        text, stopped = self._stops.add(self._detokenizer.flush(), exempt=self._count <= self._min_tokens)
         return text + self._stops.flush(), stopped
-
-    def _pass(self, text: str) -> tuple[str, bool]:
-        return self._stops.add(text, exempt=self._count <= self._min_tokens)
