@@ -287,13 +287,10 @@ class Engine:
         return streams
 
     def _stream_for(self, listener: Listener | None) -> Stream:
-        def hear(delta: Delta) -> None:
-            if delta.state == "done":
-                self._leave_queue(1)
-            if listener is not None:
-                listener(delta)
+        def cancel() -> None:
+            self._post(lambda: self.core.cancel(stream))
 
-        stream = Stream(lambda: self._post(lambda: self.core.cancel(stream)), hear)
+        stream = Stream(cancel, listener, ended=lambda: self._leave_queue(1))
         return stream
 
     def keep_reply(self, key: str, choice: int) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 from typing import ClassVar
 from weakref import WeakValueDictionary
 
@@ -22,13 +22,23 @@ class Stream(AsyncIterator[Delta]):
     """Deltas of one request, for one reader: `async for` on an event loop, or `for` on a thread.
 
     Nothing is lost: a slow reader fetches all that came meanwhile as one delta, and so do those of a crowd, who are
-    woken in rounds (see `Bell`). The last delta has the state `done`, and comes however the request ends. The listener
-    gets every delta, read or not, on the engine's thread.
+    woken in rounds (see `Bell`). The last delta has the state `done`, and comes however the request ends.
+
+    Args:
+        cancel: ends the request.
+        listener: gets every delta, read or not, on the engine's thread.
+        ended: is called there too, before anybody hears the last delta.
     """
 
-    def __init__(self, cancel: Callable[[], object], listener: Callable[[Delta], None] | None = None) -> None:
+    def __init__(
+        self,
+        cancel: Callable[[], object],
+        listener: Callable[[Delta], None] | None = None,
+        ended: Callable[[], object] = lambda: None,
+    ) -> None:
         self._cancel = cancel
         self._listener = listener
+        self._ended = ended
         self._lock = threading.Lock()
         self._more = threading.Condition(self._lock)  # for a reader on a thread
         self._pending: list[Delta] = []
@@ -49,6 +59,9 @@ class Stream(AsyncIterator[Delta]):
 
     def put(self, delta: Delta) -> None:
         """Add a delta. An async reader is not woken by this: see `wake`."""
+        is_last = delta.state == "done"
+        if is_last:
+            self._ended()
         if self._listener:
             try:
                 self._listener(delta)
@@ -58,21 +71,17 @@ class Stream(AsyncIterator[Delta]):
             self._pending.append(delta)
             if len(self._pending) == MOST_PENDING:
                 self._pending = [Delta.merged(self._pending)]
-            self._finished = delta.state == "done"
-            if self._finished or (delta.tokens and not self._has_begun):
-                self._has_begun = self.is_urgent = True
+            if is_last or (delta.tokens and not self._has_begun):
+                self._finished, self._has_begun, self.is_urgent = is_last, True, True
             if self._is_awaited:
                 self._more.notify_all()
 
     @staticmethod
-    def wake(streams: Iterable["Stream"]) -> None:
+    def wake(streams: Collection["Stream"]) -> None:
         """Tell the async readers of these streams that there is something to read: at once, or in the next round."""
-        by_bell: dict[Bell, list[Stream]] = {}
-        for stream in streams:
-            if stream._bell is not None:
-                by_bell.setdefault(stream._bell, []).append(stream)
-        for bell, ready in by_bell.items():
-            bell.ring(ready)
+        for bell in {stream._bell for stream in streams}:
+            if bell is not None:
+                bell.ring([stream for stream in streams if stream._bell is bell])
 
     # -- the reader's side ----------------------------------------------------------------------------------------
 
