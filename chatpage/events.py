@@ -32,6 +32,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 FREE, IDLE, USED = 0, 1, 2
@@ -184,7 +185,7 @@ class Snapshot:
         if event.seq != self.seq + 1:
             raise ValueError(f"event {event.seq} cannot follow event {self.seq}")
         self.seq = event.seq
-        getattr(self, f"_{event.kind}")(event)
+        _move(event.kind)(self, event)
 
     def apply_all(self, events: Iterable[Event]) -> None:
         for event in events:
@@ -339,6 +340,12 @@ class Snapshot:
                 for session in self.sessions.values()
             ],
         }
+
+
+@cache
+def _move(kind: str) -> Callable[[Snapshot, Event], None]:
+    """The method of a kind of events."""
+    return getattr(Snapshot, f"_{kind}")
 
 
 def runs(table: list[int]) -> list[int | list[int]]:
