@@ -392,7 +392,7 @@ class Core:
             outbox, self._outbox = self._outbox, []
             for stream, delta in outbox:
                 stream.put(delta)
-            Stream.wake({stream for stream, _ in outbox})
+            Stream.wake([stream for stream, _ in outbox])
 
     # -- from the scheduler to the device -------------------------------------------------------------------------
 
@@ -444,8 +444,9 @@ class Core:
             if self._flight:
                 self._flight.spoil()
             drawn = self._recover(flight, drawn)
-        wanted = [given for chunk, given in zip(chunks, drawn, strict=True) if chunk.is_wanted]
-        if wanted and all(given.error and given is not NO_MEMORY for given in wanted):
+        wanted = (given for chunk, given in zip(chunks, drawn, strict=True) if chunk.is_wanted)
+        are_broken = (given.error is not None and given is not NO_MEMORY for given in wanted)
+        if next(are_broken, False) and all(are_broken):  # the first one, and all others
             if self._flight:  # no row can have its token from there, once something else has run
                 self._flight.stays = False
             self.runner.require_sound()
@@ -507,12 +508,14 @@ class Core:
         """Read a step, end whom it fails, publish what it computed, and hand out what it drew."""
         step, drawn = flight.step, self._read(flight)
         results = list(zip(step.chunks, drawn, strict=True))
-        self._make_way([c.sequence for c, given in results if given is NO_MEMORY and c.is_wanted])
+        broken = [(chunk, given.error) for chunk, given in results if given.error]
+        self._make_way([chunk.sequence for chunk, error in broken if error is NO_MEMORY.error and chunk.is_wanted])
         self._pace.next_step()
-        self._end_broken({c.sequence: given.error for c, given in results if given.error and c.is_wanted})
+        self._end_broken({chunk.sequence: error for chunk, error in broken if chunk.is_wanted})
         self.scheduler.finish(step)
         self.counts["steps"] += 1
         self.counts["computed_tokens"] += sum(chunk.count for chunk in step.chunks)
+        generated = 0
         for chunk, given in results:
             turn = self.turns.get(chunk.sequence.id)
             if turn is None or not chunk.is_wanted:
@@ -520,7 +523,9 @@ class Core:
             if given.token is None and not given.candidates:
                 self._tell(turn, turn.delta("prefill"))
             else:
+                generated += 1
                 self._add(turn, chunk.sequence, given)
+        self.counts["generated_tokens"] += generated
 
     def _make_way(self, sequences: list[Sequence]) -> None:
         """Preempt those for whose next token there was no memory: it may be there when others have ended.
@@ -562,7 +567,6 @@ class Core:
     def _add(self, turn: Turn, sequence: Sequence, drawn: Drawn) -> None:
         """What a step gave to an answer, which may end by it."""
         before = turn.sequences
-        self.counts["generated_tokens"] += 1
         news = turn.add(sequence, drawn)
         if news is None:
             return
@@ -587,7 +591,8 @@ class Core:
                 self._outbox.append((stream, delta))
 
     def _tell(self, turn: Turn, delta: Delta) -> None:
-        self._outbox += [(stream, delta) for stream in turn.streams]
+        for stream in turn.streams:
+            self._outbox.append((stream, delta))
 
     def _tell_preempted(self, sequences: list[Sequence]) -> None:
         for turn in dict.fromkeys(self.turns[sequence.id] for sequence in sequences):

@@ -52,25 +52,17 @@ class Turn:
         reason: FinishReason | None = None,
     ) -> Delta:
         """How it is doing."""
-        sequence = self._sequence
-        return Delta(
-            state=state,
-            text=text,
-            tokens=tokens,
-            logprobs=logprobs,
-            prompt_tokens=sequence.prompt_length,
-            cached_tokens=sequence.cached or 0,
-            computed_tokens=min(sequence.computed, sequence.prompt_length),
-            completion_tokens=sequence.generated,
-            finish_reason=reason,
-        )
+        sequence, length = self._sequence, self._sequence.prompt_length
+        cached, computed = sequence.cached or 0, min(sequence.computed, length)
+        return Delta(state, text, tokens, logprobs, length, cached, computed, sequence.generated, reason)
 
     def add(self, sequence: Sequence, drawn: Drawn) -> Delta | None:
         """Take in what a step gave to one of its sequences. Returns the news: with a reason, where it must end now."""
-        assert drawn.token is not None
-        sequence.tokens.append(drawn.token)
-        text, reason = self._answer.add(drawn.token)
-        return self.delta("decode", text, (drawn.token,), (drawn.logprob,) if drawn.logprob else (), reason)
+        token, logprob = drawn.token, drawn.logprob
+        assert token is not None
+        sequence.tokens.append(token)
+        text, reason = self._answer.add(token)
+        return self.delta("decode", text, (token,), (logprob,) if logprob else (), reason)
 
     def end(self, scheduler: Scheduler, reason: FinishReason) -> list[Sequence]:
         """Take its sequences from the scheduler. Returns who was preempted for that: see `Scheduler.fail`."""

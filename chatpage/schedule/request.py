@@ -108,8 +108,9 @@ class Delta(NamedTuple):
         """Some deltas, one after the other, as a single one."""
         if len(deltas) == 1:
             return deltas[0]
+        _, texts, tokens, logprobs, *_ = zip(*deltas, strict=True)
         return deltas[-1]._replace(
-            text="".join(delta.text for delta in deltas),
-            tokens=tuple(chain.from_iterable(delta.tokens for delta in deltas)),
-            logprobs=tuple(chain.from_iterable(delta.logprobs for delta in deltas)),
+            text="".join(texts),
+            tokens=tuple(chain.from_iterable(tokens)),
+            logprobs=tuple(chain.from_iterable(logprobs)),
         )
