@@ -52,9 +52,10 @@ class Turn:
         reason: FinishReason | None = None,
     ) -> Delta:
         """How it is doing."""
-        sequence, length = self._sequence, self._sequence.prompt_length
+        sequence = self._sequence
+        length = sequence.prompt_length
         cached, computed = sequence.cached or 0, min(sequence.computed, length)
-        return Delta(state, text, tokens, logprobs, length, cached, computed, sequence.generated, reason)
+        return Delta(state, text, tokens, logprobs, length, cached, computed, len(sequence.tokens) - length, reason)
 
     def add(self, sequence: Sequence, drawn: Drawn) -> Delta | None:
         """Take in what a step gave to one of its sequences. Returns the news: with a reason, where it must end now."""

@@ -41,10 +41,12 @@ class Answer:
         if token in self._stop_token_ids:
             return self.flush(), "stop"
         text, stopped = self._stops.add(self._detokenizer.add(token), exempt=self._count <= self._min_tokens)
-        if not stopped and self._count >= self._limit:
-            rest, stopped = self._rest()
-            return text + rest, "stop" if stopped else "length"
-        return text, "stop" if stopped else None
+        if stopped:
+            return text, "stop"
+        if self._count < self._limit:
+            return text, None
+        rest, stopped = self._rest()
+        return text + rest, "stop" if stopped else "length"
 
     def flush(self) -> str:
         """What was held back, once no token follows."""
