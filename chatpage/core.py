@@ -446,7 +446,7 @@ class Core:
             drawn = self._recover(flight, drawn)
         wanted = (given for chunk, given in zip(chunks, drawn, strict=True) if chunk.is_wanted)
         are_broken = (given.error is not None and given is not NO_MEMORY for given in wanted)
-        if next(are_broken, False) and all(are_broken):  # the first one, and all others
+        if next(are_broken, False) and all(are_broken):  # there is one, and so are all
             if self._flight:  # no row can have its token from there, once something else has run
                 self._flight.stays = False
             self.runner.require_sound()
@@ -509,7 +509,7 @@ class Core:
         step, drawn = flight.step, self._read(flight)
         results = list(zip(step.chunks, drawn, strict=True))
         broken = [(chunk, given.error) for chunk, given in results if given.error]
-        self._make_way([chunk.sequence for chunk, error in broken if error is NO_MEMORY.error and chunk.is_wanted])
+        self._make_way([chunk.sequence for chunk, error in broken if error == NO_MEMORY.error and chunk.is_wanted])
         self._pace.next_step()
         self._end_broken({chunk.sequence: error for chunk, error in broken if chunk.is_wanted})
         self.scheduler.finish(step)

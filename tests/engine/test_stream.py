@@ -123,6 +123,14 @@ def test_a_reader_on_a_thread_waits_for_no_round() -> None:
     assert [delta.tokens for delta in deltas] == [(1,), (2,), (3,), (4,), ()]
 
 
+def test_the_end_is_noted_once_and_before_anybody_hears_of_it() -> None:
+    heard: list[str] = []
+    stream = Stream(lambda: None, lambda delta: heard.append(delta.state), ended=lambda: heard.append("ended"))
+    say([stream], token(1))
+    say([stream], Delta("done"))
+    assert heard == ["decode", "ended", "done"]
+
+
 def test_a_loop_and_its_bell_are_not_kept() -> None:
     async def listen() -> weakref.ref[Bell]:
         stream = Stream(lambda: None)
