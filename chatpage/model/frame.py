@@ -7,15 +7,17 @@ What a step leaves empty does nothing: a token without a slot, a task without ke
 the null block, so that no row is ever undefined.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
+from math import prod
 
 import numpy as np
 
 from chatpage.kernels.prefill import queries_per_task
 from chatpage.model.batch import Draw, Row
+from chatpage.model.flat import FlatRows
 from chatpage.model.plan import (
     CHUNK_FIELDS,
     OWN_FIELDS,
@@ -86,7 +88,7 @@ class Place:
 
     def of(self, numbers):
         """The table, in an array or a tensor that holds the frame."""
-        return numbers[self.begin : self.begin + int(np.prod(self.shape))].reshape(self.shape)
+        return numbers[self.begin : self.begin + prod(self.shape)].reshape(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ class Frame:
 
     def _take(self, *shape: int) -> Place:
         place = Place(self._length, shape)
-        self._length += -(-int(np.prod(shape)) // 4) * 4  # tables begin at multiples of 16 bytes
+        self._length += -(-prod(shape) // 4) * 4  # tables begin at multiples of 16 bytes
         return place
 
     def _take_plan(self, kind: Kind, processors: int) -> PlanPlaces:
@@ -152,36 +154,31 @@ class Frame:
         self,
         numbers: Ints,
         rows: Sequence[Row],
+        flat: FlatRows,
         sources: Sequence[int],
-        starts: Sequence[int],
-        tables: Ints,
         plans: Mapping[Kind, Plan],
-        block_size: int,
     ) -> int:
         """Write a step down; says how many numbers there are.
 
         Args:
-            rows: decodes first.
+            rows: decodes first; `flat` are their numbers.
             sources: of each row, −1 or a row of the step before.
-            starts: where in `tables` each row's block table begins.
-            tables: the rows' block tables, the null block first.
             plans: for `size.decodes` rows.
         """
         numbers[: self.tables] = 0
-        lengths = _ints(len(row.tokens) for row in rows)
-        ends = np.cumsum(lengths)
-        firsts = ends - lengths
-        token_ids = _ints(chain.from_iterable(row.tokens for row in rows))
+        token_ids = list(chain.from_iterable([row.tokens for row in rows]))
         count = len(token_ids)
-        owners = np.repeat(np.arange(len(rows)), lengths)
-        positions = np.arange(count) + (_ints(row.start for row in rows) - firsts)[owners]
-        blocks = tables[_ints(starts)[owners] + positions // block_size]
+        ends = flat.lengths.cumsum()
+        firsts = ends - flat.lengths
+        owners = np.arange(len(rows)).repeat(flat.lengths)
+        positions = np.arange(count) + (flat.starts - firsts)[owners]
+        blocks = flat.tables[flat.heads[owners] + positions // flat.block_size]
         stores = np.array([row.store for row in rows], dtype=bool)[owners]
         self.token_ids.of(numbers)[:count] = token_ids
         self.positions.of(numbers)[:count] = positions
         slots = self.slots.of(numbers)
         slots[:] = -1
-        slots[:count] = np.where(stores, blocks * block_size + positions % block_size, -1)
+        slots[:count] = np.where(stores, blocks * flat.block_size + positions % flat.block_size, -1)
         self.sampled.of(numbers)[: len(rows)] = ends - 1
         self._fill_draws(numbers, [row.sample for row in rows])
         drawn = self.sources.of(numbers)
@@ -189,8 +186,9 @@ class Frame:
         drawn[firsts] = sources  # a row whose token is drawn has one token
         for kind, plan in plans.items():
             self._fill_plan(numbers, self.plans[kind], plan)
-        numbers[self.tables : self.tables + len(tables)] = tables
-        return self.tables + len(tables)
+        length = self.tables + len(flat.tables)
+        numbers[self.tables : length] = flat.tables
+        return length
 
     def _fill_draws(self, numbers: Ints, draws: list[Draw | None]) -> None:
         """Who is not named takes the largest logit: those too that change the logits, which are drawn afterwards."""
@@ -220,7 +218,3 @@ class Frame:
         own[:, 0], own[:, 2] = missing, 1
         notes = places.rows.of(numbers)[rows:]
         notes[:, 0], notes[:, 1] = tasks + missing - rows, 1
-
-
-def _ints(numbers: Iterable[int]) -> Ints:
-    return np.fromiter(numbers, dtype=np.int32)

@@ -6,10 +6,9 @@ A graph knows addresses, not numbers: how long rows are, where their blocks lie 
 device memory each time. So a step needs no more than the smallest graph that has room for it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,11 +18,12 @@ from chatpage.kernels.merge import FEW
 from chatpage.kernels.prefill import queries_per_task
 from chatpage.model.batch import Row
 from chatpage.model.check import Forward
+from chatpage.model.flat import FlatRows
 from chatpage.model.frame import Form, Frame, Size
 from chatpage.model.kv import KVPool
 from chatpage.model.last import LastTokens
-from chatpage.model.paged import DevicePlan, KernelAttention, flat_tables, processors
-from chatpage.model.plan import Ints, Kind, Plan, find_sharing, lay_out, make_plan, tasks_wanted
+from chatpage.model.paged import DevicePlan, KernelAttention, processors
+from chatpage.model.plan import Kind, Plan, find_sharing, lay_out, make_plan, tasks_wanted
 from chatpage.model.sampler import InOrder, begin_sampling
 
 IN_FLIGHT = 2  # frames that may be on their way to the device
@@ -105,7 +105,7 @@ class Graphs:
         for size in sorted(self._frames, key=lambda size: size.tokens, reverse=True):
             say(f"Recording steps: {len(graphs)} of {len(self._frames)}")
             frame = self._frames[size]
-            self._upload(size, [], [], np.zeros(1, dtype=np.int32), {kind: Plan.empty() for kind in self._kinds})
+            self._upload(size, [], FlatRows.of([], self.pool.block_size), {kind: Plan.empty() for kind in self._kinds})
             self._run(frame)  # compiles what is not compiled yet
             torch.cuda.synchronize()
             graphs[size] = torch.cuda.CUDAGraph()
@@ -150,31 +150,29 @@ class Graphs:
     def launch(self, rows: list[Row]) -> InOrder | None:
         """Begin to compute these rows, if there is a graph with room for them."""
         laid_out, places = lay_out(rows, most=len(self._logits))
-        size = self._smallest(laid_out)
+        flat = FlatRows.of(laid_out, self.pool.block_size)
+        size = self._smallest(len(laid_out), int(flat.lengths.sum()))
         if size is None:
             return None
-        size = self._fill_and_upload(size, laid_out)
+        size = self._fill_and_upload(size, laid_out, flat)
         self._graphs[size].replay()
         draws, count = [row.sample for row in laid_out], len(laid_out)
         sampled = begin_sampling(self._logits[:count], draws, self._last.tokens[:count])
         self._last.note(places)
         return InOrder(sampled, places)
 
-    def _smallest(self, rows: Sequence[Row]) -> Size | None:
-        """The smallest size, of any form, with room for these rows."""
-        tokens = sum(len(row.tokens) for row in rows)
-        form = Form.MIXED if tokens > len(rows) else Form.SPLIT
-        fitting = (s for s in self._frames if s.form is form and s.rows >= len(rows) and s.tokens >= tokens)
+    def _smallest(self, rows: int, tokens: int) -> Size | None:
+        """The smallest size, of any form, with room for so many rows of so many tokens together."""
+        form = Form.MIXED if tokens > rows else Form.SPLIT
+        fitting = (s for s in self._frames if s.form is form and s.rows >= rows and s.tokens >= tokens)
         return next(fitting, None)
 
-    def _fill_and_upload(self, size: Size, rows: list[Row]) -> Size:
+    def _fill_and_upload(self, size: Size, rows: list[Row], flat: FlatRows) -> Size:
         """Bring the numbers of a step, decodes first, to where a graph reads them; says which form of that size."""
-        starts, tables = flat_tables(rows, self.pool.block_size)
-        groups = find_sharing(rows, starts, tables, self.pool.block_size)
+        groups = find_sharing(flat)
         plans = {
             kind: make_plan(
-                rows,
-                starts,
+                flat,
                 groups,
                 kind,
                 room=size.decodes,
@@ -185,17 +183,14 @@ class Graphs:
         }
         if size.form is not Form.MIXED:
             size = replace(size, form=_form(plans.values()))
-        self._upload(size, rows, starts, tables, plans)
+        self._upload(size, rows, flat, plans)
         return size
 
-    def _upload(
-        self, size: Size, rows: Sequence[Row], starts: Sequence[int], tables: Ints, plans: Mapping[Kind, Plan]
-    ) -> None:
+    def _upload(self, size: Size, rows: list[Row], flat: FlatRows, plans: Mapping[Kind, Plan]) -> None:
         buffer = self._buffers[0]
         self._buffers.append(self._buffers.pop(0))
         buffer.wait()
-        sources = self._last.sources(rows)
-        length = self._frames[size].fill(buffer.numbers, rows, sources, starts, tables, plans, self.pool.block_size)
+        length = self._frames[size].fill(buffer.numbers, rows, flat, self._last.sources(rows), plans)
         buffer.upload(self._numbers, length)
 
 

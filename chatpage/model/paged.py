@@ -5,8 +5,7 @@ plan ──▶ shared prefixes ─┐  on a stream of their own, beside
          chunks ─────────────────────▶ answers of the chunks
 """
 
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -26,8 +25,9 @@ from chatpage.kernels.store import store
 from chatpage.model.attention import AttentionCall
 from chatpage.model.batch import Batch, Row
 from chatpage.model.check import Forward
+from chatpage.model.flat import FlatRows
 from chatpage.model.kv import KVPool
-from chatpage.model.plan import Ints, Kind, Plan, count_decodes, find_sharing, make_plan
+from chatpage.model.plan import Kind, Plan, find_sharing, make_plan
 
 CPU_PROCESSORS = 8  # under Triton's interpreter
 
@@ -183,25 +183,24 @@ class PagedAttention(KernelAttention):
     """
 
     def __init__(self, pool: KVPool, batch: Batch, *, shared: bool | None = None) -> None:
-        starts, tables = flat_tables(batch.rows, batch.block_size)
-        groups = [] if shared is False else find_sharing(batch.rows, starts, tables, batch.block_size)
-        flat = to_device(tables, batch.slots.device, torch.int32)
+        rows = FlatRows.of(batch.rows, batch.block_size)
+        groups = [] if shared is False else find_sharing(rows)
+        tables = to_device(rows.tables, batch.slots.device, torch.int32)
 
         self.plans: dict[Kind, DevicePlan] = {}
 
         def plan_for(kind: Kind) -> DevicePlan:
             if kind not in self.plans:
                 plan = make_plan(
-                    batch.rows,
-                    starts,
+                    rows,
                     groups,
                     kind,
-                    room=max(1, count_decodes(batch.rows)),
-                    processors=processors(flat.device),
+                    room=max(1, rows.decodes),
+                    processors=processors(tables.device),
                     queries=queries_per_task(kind.heads, kind.kv_heads),
                     always=shared is True,
                 )
-                self.plans[kind] = DevicePlan.of(plan, flat)
+                self.plans[kind] = DevicePlan.of(plan, tables)
             return self.plans[kind]
 
         super().__init__(pool, batch.slots, plan_for)
@@ -214,16 +213,6 @@ def kinds_of(compute: Forward, pool: KVPool) -> list[Kind]:
     attention = PagedAttention(pool, batch)
     compute(batch, attention)
     return list(attention.plans)
-
-
-def flat_tables(rows: Sequence[Row], block_size: int) -> tuple[list[int], Ints]:
-    """The blocks that each row needs, one table behind the other, and where each begins. The null block comes first."""
-    flat = array("i", [0])
-    starts = []
-    for row in rows:
-        starts.append(len(flat))
-        flat.extend(row.table[: -(-row.context // block_size)])
-    return starts, np.frombuffer(flat, dtype=np.int32)
 
 
 def processors(device: torch.device) -> int:

@@ -8,8 +8,7 @@
 The kernels read all of it from device memory, so that a captured step can be replayed with another plan.
 """
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
@@ -17,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from chatpage.cache.prefix import common_length
 from chatpage.model.batch import Row, inverse
+from chatpage.model.flat import FlatRows
 
 Ints = NDArray[np.int32]
 
@@ -57,11 +56,11 @@ class Sharing:
     """Decodes that begin with the same blocks.
 
     Attributes:
-        rows: of the step, at least two.
+        rows: of the step, at least two, of int64.
         tokens: how many leading tokens they share: a multiple of TILE, less than the shortest context.
     """
 
-    rows: list[int]
+    rows: NDArray[np.int64]
     tokens: int
 
     @property
@@ -104,8 +103,7 @@ class Plan:
 
 
 def make_plan(
-    rows: Sequence[Row],
-    tables: Sequence[int],
+    rows: FlatRows,
     groups: list[Sharing],
     kind: Kind,
     *,
@@ -117,36 +115,29 @@ def make_plan(
     """Split a step's attention into tasks.
 
     Args:
-        rows: decodes first.
-        tables: where each row's block table begins.
         groups: decodes that share their leading keys: these are read once where that is faster, or `always`.
         room: for how many decodes the shared tasks are made: no fewer than there are.
         processors: multiprocessors of the device.
         queries: of a chunk's task, at most.
     """
-    decodes = count_decodes(rows)
     shared_rows = rows_of_shared(room, kind.group)
-    contexts = np.array([row.context for row in rows[:decodes]], dtype=np.int64)
-    begins = np.zeros(decodes, dtype=np.int64)
+    contexts, heads = rows.contexts[: rows.decodes], rows.heads[: rows.decodes]
+    begins = np.zeros_like(contexts)
     if kind.window is not None:
         begins, groups = np.maximum(contexts - kind.window, 0), []
     elif groups and not always and not _pays(contexts, groups, kind, processors, shared_rows // kind.group):
         groups = []
-    notes = np.zeros((decodes, ROW_FIELDS), dtype=np.int32)
+    notes = np.zeros((rows.decodes, ROW_FIELDS), dtype=np.int32)
     own_wanted, shared_wanted = tasks_wanted(kind, processors)
-    shared, members = _share(groups, tables, notes, begins, contexts, shared_rows // kind.group, shared_wanted)
+    shared, members = _share(groups, heads, notes, begins, contexts, shared_rows // kind.group, shared_wanted)
     return Plan(
-        own=_split(begins, contexts, tables, notes, own_wanted),
+        own=_split(begins, contexts, heads, notes, own_wanted),
         rows=notes,
         shared=shared,
         members=members,
-        chunks=_tiles(rows, tables, decodes, queries),
+        chunks=_tiles(rows, queries),
         shared_rows=shared_rows,
     )
-
-
-def count_decodes(rows: Sequence[Row]) -> int:
-    return sum(len(row.tokens) == 1 for row in rows)
 
 
 def tasks_wanted(kind: Kind, processors: int) -> tuple[int, int]:
@@ -162,7 +153,7 @@ def rows_of_shared(members: int, group: int) -> int:
 
 def _share(
     groups: list[Sharing],
-    tables: Sequence[int],
+    heads: NDArray,
     notes: Ints,
     begins: NDArray,
     contexts: NDArray,
@@ -176,13 +167,15 @@ def _share(
         begins[sharing.rows] = sharing.tokens
     steps = _shared_steps(groups, per_task, int((contexts - begins).sum()), wanted)
     for sharing, step in zip(groups, steps, strict=True):
-        edges = [*range(0, sharing.tokens, step), sharing.tokens]
-        for first in range(0, len(sharing.rows), per_task):
-            tile = sharing.rows[first : first + per_task]
-            notes[tile, 2], notes[tile, 3], notes[tile, 4] = len(tasks), len(edges) - 1, range(len(tile))
+        rows, edges = sharing.rows, [*range(0, sharing.tokens, step), sharing.tokens]
+        tiles, places = np.divmod(np.arange(len(rows)), per_task)
+        splits = len(edges) - 1
+        notes[rows, 2], notes[rows, 3], notes[rows, 4] = len(tasks) + tiles * splits, splits, places
+        for first in range(0, len(rows), per_task):
+            count, table = min(per_task, len(rows) - first), int(heads[rows[first]])
             for begin, end in pairwise(edges):
-                tasks.append((len(members), len(tile), begin, end, tables[tile[0]], 0, 0, 0))
-            members += tile
+                tasks.append((len(members) + first, count, begin, end, table, 0, 0, 0))
+        members += rows.tolist()
     return np.array(tasks, dtype=np.int32).reshape(-1, SHARED_FIELDS), np.array(members, dtype=np.int32)
 
 
@@ -195,17 +188,17 @@ def _shared_steps(groups: list[Sharing], per_task: int, own_keys: int, wanted: i
     return [_rounded(-(-group.tokens // count), TILE) for group, count in zip(groups, splits, strict=True)]
 
 
-def _split(begins: NDArray, ends: NDArray, tables: Sequence[int], notes: Ints, wanted: int) -> Ints:
+def _split(begins: NDArray, ends: NDArray, heads: NDArray, notes: Ints, wanted: int) -> Ints:
     """Own tasks of about equal length; tells `notes` which ones belong to whom."""
     lengths = ends - begins
     steps = _own_steps(lengths, wanted)
     splits = -(-lengths // steps)
-    firsts = np.cumsum(splits) - splits
+    firsts = splits.cumsum() - splits
     notes[:, 0], notes[:, 1] = firsts, splits
-    owners = np.repeat(np.arange(len(notes)), splits)
+    owners = np.arange(len(notes)).repeat(splits)
     starts = begins[owners] + (np.arange(len(owners)) - firsts[owners]) * steps[owners]
     ends = np.minimum(starts + steps[owners], ends[owners])
-    return np.stack([owners, starts, ends, np.array(tables, dtype=np.int64)[owners]], axis=1).astype(np.int32)
+    return np.stack([owners, starts, ends, heads[owners]], axis=1).astype(np.int32)
 
 
 def _own_steps(lengths: NDArray, wanted: int) -> NDArray:
@@ -218,14 +211,14 @@ def _own_steps(lengths: NDArray, wanted: int) -> NDArray:
     return _rounded(-(-lengths // splits), TILE)
 
 
-def _tiles(rows: Sequence[Row], tables: Sequence[int], decodes: int, queries: int) -> Ints:
+def _tiles(rows: FlatRows, queries: int) -> Ints:
     """Tiles of the chunks' queries."""
     tasks: list[tuple[int, ...]] = []
-    token = decodes
-    for row, table in zip(rows[decodes:], tables[decodes : len(rows)], strict=True):
-        for first in range(0, len(row.tokens), queries):
-            tasks.append((token + first, min(queries, len(row.tokens) - first), row.start + first, table))
-        token += len(row.tokens)
+    token = rows.decodes
+    for length, start, head in np.stack([rows.lengths, rows.starts, rows.heads], axis=1)[rows.decodes :].tolist():
+        for first in range(0, length, queries):
+            tasks.append((token + first, min(queries, length - first), start + first, head))
+        token += length
     return np.array(tasks, dtype=np.int32).reshape(-1, CHUNK_FIELDS)
 
 
@@ -241,7 +234,7 @@ def _rounded(number, to: int):
 # -- chunks as decodes ------------------------------------------------------------------------------------------------
 
 
-def lay_out(rows: Sequence[Row], *, most: int) -> tuple[list[Row], list[int]]:
+def lay_out(rows: list[Row], *, most: int) -> tuple[list[Row], list[int]]:
     """Decodes first; or nothing but decodes, one for each token, where that is faster than to have chunks.
 
     Args:
@@ -250,22 +243,20 @@ def lay_out(rows: Sequence[Row], *, most: int) -> tuple[list[Row], list[int]]:
     Returns:
         The rows, and where among them the last token of each given one is.
     """
-    if _is_better_apart(rows, most):
+    chunks = [row for row in rows if len(row.tokens) > 1]
+    if not chunks:
+        return rows, list(range(len(rows)))
+    if _is_better_apart(chunks, most - len(rows) + len(chunks)):
         parts = [_apart(row) for row in rows]
         return list(chain.from_iterable(parts)), [end - 1 for end in accumulate(map(len, parts))]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
     return [rows[i] for i in order], inverse(order)
 
 
-def _is_better_apart(rows: Sequence[Row], most: int) -> bool:
+def _is_better_apart(chunks: list[Row], most: int) -> bool:
     """A chunk's tile reads all keys before it one after the other; decodes that share them read them side by side."""
-    chunks = [row for row in rows if len(row.tokens) > 1]
     tokens = sum(len(row.tokens) for row in chunks)
-    return (
-        0 < tokens <= MOST_APART
-        and len(rows) - len(chunks) + tokens <= most
-        and all(row.start >= LEAST_BEFORE for row in chunks)
-    )
+    return tokens <= min(MOST_APART, most) and all(row.start >= LEAST_BEFORE for row in chunks)
 
 
 def _apart(row: Row) -> list[Row]:
@@ -306,35 +297,24 @@ def _pays(contexts: NDArray, groups: list[Sharing], kind: Kind, processors: int,
     return max(BESIDE * own_time, longest / TILE, products / at_once) + merge < alone
 
 
-def find_sharing(rows: Sequence[Row], starts: Sequence[int], tables: Ints, block_size: int) -> list[Sharing]:
+def find_sharing(rows: FlatRows) -> list[Sharing]:
     """Groups of decodes that begin with the same blocks, so that as many reads as possible are saved.
 
     Tables form a tree. At each fork either all share what they have in common, or each branch shares what it has for
     itself, whatever saves more.
 
         [3, 4, 9]  [3, 4, 7]  [3, 8]        all: 2 · 1 block        the first two: 1 · 2 blocks
-
-    Args:
-        rows: decodes first.
-        starts: where in `tables` each row's block table begins.
     """
-    decodes = rows[: count_decodes(rows)]
-    own = [row.start // block_size for row in decodes]  # the block of the token itself is always a row's own
-    return _best(_Tables(tables, starts), own, list(range(len(decodes))), 0, block_size)
+    return _best(_Tables(rows), np.arange(rows.decodes), 0)
 
 
-def _best(tables: "_Tables", counts: list[int], among: list[int], known: int, block_size: int) -> list[Sharing]:
-    """The best groups of rows whose first `known` blocks are the same.
-
-    Args:
-        counts: how many leading blocks each row may share.
-    """
+def _best(tables: "_Tables", among: NDArray, known: int) -> list[Sharing]:
+    """The best groups of rows whose first `known` blocks are the same."""
     found: list[Sharing] = []
-    among = [row for row in among if counts[row] > known]
     for branch in tables.branches(among, known):
-        common = tables.common(branch, min(counts[row] for row in branch))
-        whole = Sharing(branch, common * block_size // TILE * TILE)
-        parts = _best(tables, counts, branch, common, block_size)
+        common = tables.common(branch)
+        whole = Sharing(branch, common * tables.block_size // TILE * TILE)
+        parts = _best(tables, branch, common)
         if sum(part.saved for part in parts) > whole.saved:
             found += parts
         elif whole.tokens:
@@ -345,25 +325,31 @@ def _best(tables: "_Tables", counts: list[int], among: list[int], known: int, bl
 class _Tables:
     """Block tables as bytes: two of them are compared by one call."""
 
-    def __init__(self, tables: Ints, starts: Sequence[int]) -> None:
-        self._bytes = tables.tobytes()
-        self._numbers = memoryview(self._bytes).cast("i")
-        self._starts = starts
+    def __init__(self, rows: FlatRows) -> None:
+        self.block_size = rows.block_size
+        self._heads = rows.heads
+        self._counts = rows.starts // rows.block_size  # the block of the token itself is always a row's own
+        self._blocks = rows.tables
+        self._bytes = rows.tables.tobytes()
 
-    def branches(self, among: list[int], known: int) -> list[list[int]]:
-        """Those of the rows that have the next block in common with others."""
+    def branches(self, among: NDArray, known: int) -> list[NDArray]:
+        """Those of the rows that have the block after the first `known` ones in common with others."""
+        among = among[self._counts[among] > known]
+        blocks = self._blocks[self._heads[among] + known].tolist()
+        times = Counter(blocks)
         branches: dict[int, list[int]] = defaultdict(list)
-        for row in among:
-            branches[self._numbers[self._starts[row] + known]].append(row)
-        return [branch for branch in branches.values() if len(branch) > 1]
+        for row, block in zip(among.tolist(), blocks, strict=True):
+            if times[block] > 1:
+                branches[block].append(row)
+        return [np.array(branch) for branch in branches.values()]
 
-    def common(self, branch: list[int], most: int) -> int:
-        """How many leading blocks all of these rows have in common, at most so many."""
-        first = self._starts[branch[0]]
+    def common(self, branch: NDArray) -> int:
+        """How many leading blocks all of these rows have in common."""
+        most = int(self._counts[branch].min())
+        first, *others = self._heads[branch].tolist()
         shared = self._bytes[4 * first : 4 * (first + most)]
-        for row in branch[1:]:
-            start = self._starts[row]
-            if not self._bytes.startswith(shared, 4 * start):
-                most = common_length(self._numbers[first : first + most], self._numbers[start : start + most])
+        for other in others:
+            if not self._bytes.startswith(shared, 4 * other):
+                most = int((self._blocks[first : first + most] != self._blocks[other : other + most]).argmax())
                 shared = shared[: 4 * most]
         return most

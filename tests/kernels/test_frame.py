@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from chatpage.model.batch import Row
+from chatpage.model.flat import FlatRows
 from chatpage.model.frame import Form, Frame, sizes
-from chatpage.model.paged import flat_tables
 from chatpage.model.plan import OWN_KEYS, Kind, find_sharing, make_plan
 
 PROCESSORS = 132
@@ -33,12 +33,11 @@ def test_every_key_is_read_once(seed: int) -> None:
     """Own and shared tasks of a row cover its context, or its window, without gap and overlap, at the right blocks."""
     random = Random(seed)
     rows = draw_rows(random, random.choice([1, 2, 7, 40]), 16)
-    starts, tables = flat_tables(rows, 16)
+    flat = FlatRows.of(rows, 16)
     for kind in KINDS:
         plan = make_plan(
-            rows,
-            starts,
-            find_sharing(rows, starts, tables, 16),
+            flat,
+            find_sharing(flat),
             kind,
             room=64,
             processors=PROCESSORS,
@@ -56,7 +55,7 @@ def test_every_key_is_read_once(seed: int) -> None:
             read = sorted(at for begin, end, _ in spans for at in range(begin, end))
             assert read == list(range(max(0, row.context - (kind.window or row.context)), row.context))
             for begin, end, table in spans:
-                assert [tables[table + at // 16] for at in range(begin, end)] == [
+                assert [flat.tables[table + at // 16] for at in range(begin, end)] == [
                     row.table[at // 16] for at in range(begin, end)
                 ]
 
@@ -68,17 +67,17 @@ def test_frames_have_room_for_every_plan(seed: int) -> None:
         if size.form is Form.MIXED:
             continue
         rows = draw_rows(random, random.randint(1, size.rows), 16, short=size.form is Form.ALONE)
-        starts, tables = flat_tables(rows, 16)
+        flat = FlatRows.of(rows, 16)
         frame = Frame(size, KINDS, PROCESSORS)
-        groups = find_sharing(rows, starts, tables, 16) if size.form is Form.SHARED else []
+        groups = find_sharing(flat) if size.form is Form.SHARED else []
         plans = {
-            kind: make_plan(rows, starts, groups, kind, room=size.rows, processors=PROCESSORS, queries=16, always=True)
+            kind: make_plan(flat, groups, kind, room=size.rows, processors=PROCESSORS, queries=16, always=True)
             for kind in KINDS
         }
         if size.form is Form.ALONE:
             assert all(plan.most_states == 1 for plan in plans.values())
-        numbers = np.full(frame.tables + len(tables), 7, dtype=np.int32)
-        assert frame.fill(numbers, rows, [-1] * len(rows), starts, tables, plans, 16) == len(numbers)
+        numbers = np.full(frame.tables + len(flat.tables), 7, dtype=np.int32)
+        assert frame.fill(numbers, rows, flat, [-1] * len(rows), plans) == len(numbers)
         for kind, plan in plans.items():
             own, notes = frame.plans[kind].own.of(numbers), frame.plans[kind].rows.of(numbers)
             assert (own[: len(plan.own)] == plan.own).all()

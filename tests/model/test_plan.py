@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chatpage.model.batch import Row
-from chatpage.model.paged import flat_tables
+from chatpage.model.flat import FlatRows
 from chatpage.model.plan import TILE, Kind, Sharing, find_sharing, make_plan
 
 SIZE = TILE  # tokens of a block, so that each shared block counts
@@ -20,7 +20,7 @@ def decode(table: list[int]) -> Row:
 
 
 def found(*rows: Row) -> list[Sharing]:
-    return find_sharing(rows, *flat_tables(rows, SIZE), SIZE)
+    return find_sharing(FlatRows.of(rows, SIZE))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def found(*rows: Row) -> list[Sharing]:
     ],
 )
 def test_groups_save_the_most(tables: list[list[int]], groups: list[tuple[list[int], int]]) -> None:
-    assert [(sharing.rows, sharing.tokens // SIZE) for sharing in found(*map(decode, tables))] == groups
+    assert [(sharing.rows.tolist(), sharing.tokens // SIZE) for sharing in found(*map(decode, tables))] == groups
 
 
 def test_chunks_do_not_share() -> None:
@@ -48,7 +48,7 @@ def test_chunks_do_not_share() -> None:
 
 def test_what_is_shared_ends_at_whole_tiles() -> None:
     rows = [Row([1], 90, array("i", [*range(1, 6), last])) for last in (8, 9)]
-    assert [sharing.tokens for sharing in find_sharing(rows, *flat_tables(rows, 16), 16)] == [64]
+    assert [sharing.tokens for sharing in find_sharing(FlatRows.of(rows, 16))] == [64]
 
 
 @given(st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=6), min_size=1, max_size=8))
@@ -78,8 +78,8 @@ def test_a_few_keys_are_not_worth_two_more_launches(sessions: int, shared: int, 
     rows = [
         Row([1], shared + own - 1, array("i", [*trunk, *range(1000 + i * 40, 1020 + i * 40)])) for i in range(sessions)
     ]
-    starts, tables = flat_tables(rows, size)
-    groups = find_sharing(rows, starts, tables, size)
+    flat = FlatRows.of(rows, size)
+    groups = find_sharing(flat)
     assert [sharing.tokens for sharing in groups] == [shared]
-    plan = make_plan(rows, starts, groups, Kind(32, 8, None), room=sessions, processors=132, queries=64)
+    plan = make_plan(flat, groups, Kind(32, 8, None), room=sessions, processors=132, queries=64)
     assert bool(len(plan.shared)) == pays
