@@ -410,18 +410,19 @@ class Core:
         return Flight(step, launched, is_copied, stays=self.runner.overlaps and not step.is_awaited)
 
     def _rows(self, chunks: list[Chunk]) -> list[Row]:
-        rows = [self._row(chunk) for chunk in chunks]
-        if self._flight:
-            places = {chunk.sequence: place for place, chunk in enumerate(self._flight.step.chunks)}
-            for chunk, row in zip(chunks, rows, strict=True):
-                if chunk.end > len(chunk.sequence.tokens):  # the token is still on the device
-                    row.tokens, row.source = [0], places[chunk.sequence]
-        return rows
+        in_flight = self._flight.step.chunks if self._flight else ()
+        places = {chunk.sequence: place for place, chunk in enumerate(in_flight)}
+        return [
+            self._row(chunk, places[chunk.sequence] if chunk.end > len(chunk.sequence.tokens) else None)
+            for chunk in chunks
+        ]
 
-    def _row(self, chunk: Chunk) -> Row:
-        sequence = chunk.sequence
-        draw = self._draw(sequence, chunk.end) if chunk.draws else None
-        return Row(sequence.tokens[chunk.start : chunk.end], chunk.start, sequence.table.blocks, chunk.stores, draw)
+    def _row(self, chunk: Chunk, source: int | None = None) -> Row:
+        """With a source, the token is still on the device."""
+        sequence, start, end = chunk.sequence, chunk.start, chunk.end
+        tokens = sequence.tokens[start:end] if source is None else [0]
+        draw = self._draw(sequence, end) if chunk.draws else None
+        return Row(tokens, start, sequence.table.blocks, chunk.stores, draw, source)
 
     def _draw(self, sequence: Sequence, position: int) -> Draw:
         params = sequence.params

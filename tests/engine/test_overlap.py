@@ -356,12 +356,7 @@ FAULTS = [
     ("delivers what was dropped", "_deliver", "turn is None or not chunk.is_wanted", "turn is None"),
     ("counts known tokens only", "_draw", "position - sequence.prompt_length", "sequence.generated"),
     ("takes each token from the first row", "_rows", "places[chunk.sequence]", "0"),
-    (
-        "does not say where a token is",
-        "_rows",
-        "row.tokens, row.source = [0], places[chunk.sequence]",
-        "row.tokens = [0]",
-    ),
+    ("does not say where a token is", "_row", "chunk.stores, draw, source)", "chunk.stores, draw)"),
     ("lets stay what must be waited for", "_launch", "and not step.is_awaited", ""),
     ("keeps what was read after a step that was lost", "_read", "self._flight.spoil()", "pass"),
     ("runs again those who are gone", "_run_again", "[chunk for chunk in chunks if chunk.is_wanted]", "chunks"),
