@@ -22,7 +22,8 @@ from chatpage.schedule.params import SamplingParams
 from chatpage.schedule.request import Logprob
 
 
-class Draw(NamedTuple):
+@dataclass(slots=True)
+class Draw:
     """A wish for the token at `position`. The same logits, params, seed, choice and position give the same token.
 
     Attributes:

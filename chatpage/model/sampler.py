@@ -62,15 +62,13 @@ class Sampled:
             self._arrived.synchronize()
         logprobs = self._logprobs.of_rows() if self._logprobs else {}
         candidates = self._candidates.of_rows() if self._candidates else {}
-        drawn: list[Drawn] = []
-        for i, (draw, token) in enumerate(zip(self._draws, self._tokens.tolist(), strict=True)):
-            if token < 0:
-                drawn.append(BROKEN)
-            elif i in candidates:
-                drawn.append(Drawn(candidates=candidates[i]))
-            else:
-                drawn.append(Drawn(token if draw else None, logprobs.get(i)))
-        return drawn
+        tokens = self._tokens.tolist()
+        drawn = [Drawn(token if draw else None) for draw, token in zip(self._draws, tokens, strict=True)]
+        for row, logprob in logprobs.items():
+            drawn[row] = Drawn(tokens[row], logprob)
+        for row, likeliest in candidates.items():
+            drawn[row] = Drawn(candidates=likeliest)
+        return [BROKEN if token < 0 else given for token, given in zip(tokens, drawn, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +142,8 @@ def _is_plain(draw: Draw) -> bool:
 
 def leaves_logits(draw: Draw) -> bool:
     """Whether the model's own logits are drawn from."""
-    params = draw.params
-    changes = draw.banned or params.logit_bias or params.repetition_penalty != 1 or params.penalizes_drawn
-    return not changes
+    p = draw.params
+    return not (draw.banned or p.logit_bias or p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty)
 
 
 def _choose(logits: Tensor, draws: list[Draw]) -> Tensor:
