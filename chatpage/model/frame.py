@@ -196,7 +196,15 @@ class Frame:
         if named:
             chosen = [draw for i in named if (draw := draws[i])]
             wishes, points = self.wishes.of(numbers).view(np.float32), self.points.of(numbers).view(np.float64)
-            wishes[named] = [(p.temperature, p.top_k, p.top_p, p.min_p) for p in (draw.params for draw in chosen)]
+            params = [draw.params for draw in chosen]
+            wishes[named] = np.transpose(
+                [
+                    [p.temperature for p in params],
+                    [p.top_k for p in params],
+                    [p.top_p for p in params],
+                    [p.min_p for p in params],
+                ]
+            )
             points[named, 0] = uniform(chosen)
 
     def _fill_plan(self, numbers: Ints, places: PlanPlaces, plan: Plan) -> None:

@@ -8,7 +8,8 @@
 The kernels read all of it from device memory, so that a captured step can be replayed with another plan.
 """
 
-from collections import Counter, defaultdict
+from array import array
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from chatpage.cache.prefix import common_length
 from chatpage.model.batch import Row, inverse
 from chatpage.model.flat import FlatRows
 
@@ -56,11 +58,11 @@ class Sharing:
     """Decodes that begin with the same blocks.
 
     Attributes:
-        rows: of the step, at least two, of int64.
+        rows: of the step, at least two.
         tokens: how many leading tokens they share: a multiple of TILE, less than the shortest context.
     """
 
-    rows: NDArray[np.int64]
+    rows: list[int]
     tokens: int
 
     @property
@@ -121,15 +123,19 @@ def make_plan(
         queries: of a chunk's task, at most.
     """
     shared_rows = rows_of_shared(room, kind.group)
+    per_task = shared_rows // kind.group
     contexts, heads = rows.contexts[: rows.decodes], rows.heads[: rows.decodes]
     begins = np.zeros_like(contexts)
+    for sharing in groups:
+        begins[sharing.rows] = sharing.tokens
     if kind.window is not None:
-        begins, groups = np.maximum(contexts - kind.window, 0), []
-    elif groups and not always and not _pays(contexts, groups, kind, processors, shared_rows // kind.group):
-        groups = []
+        groups, begins = [], np.maximum(contexts - kind.window, 0)
+    elif groups and not always and not _pays(contexts, begins, groups, kind, processors, per_task):
+        groups, begins = [], np.zeros_like(contexts)
     notes = np.zeros((rows.decodes, ROW_FIELDS), dtype=np.int32)
     own_wanted, shared_wanted = tasks_wanted(kind, processors)
-    shared, members = _share(groups, heads, notes, begins, contexts, shared_rows // kind.group, shared_wanted)
+    steps = _shared_steps(groups, per_task, int((contexts - begins).sum()), shared_wanted)
+    shared, members = _share(groups, steps, heads, notes, per_task)
     return Plan(
         own=_split(begins, contexts, heads, notes, own_wanted),
         rows=notes,
@@ -151,41 +157,36 @@ def rows_of_shared(members: int, group: int) -> int:
     return max(16, _power(group), min(_power(needed), 128 if needed > 256 else 64))
 
 
-def _share(
-    groups: list[Sharing],
-    heads: NDArray,
-    notes: Ints,
-    begins: NDArray,
-    contexts: NDArray,
-    per_task: int,
-    wanted: int,
-) -> tuple[Ints, Ints]:
-    """Shared tasks and members; tells `notes` where rows find their states, and `begins` where their own keys begin."""
+def _share(groups: list[Sharing], steps: list[int], heads: NDArray, notes: Ints, per_task: int) -> tuple[Ints, Ints]:
+    """Shared tasks, each of `steps` keys, and members; tells `notes` where rows find their states."""
     tasks: list[tuple[int, ...]] = []
     members: list[int] = []
-    for sharing in groups:
-        begins[sharing.rows] = sharing.tokens
-    steps = _shared_steps(groups, per_task, int((contexts - begins).sum()), wanted)
+    firsts: list[int] = []
+    counts: list[int] = []
+    places: list[int] = []
     for sharing, step in zip(groups, steps, strict=True):
-        rows, edges = sharing.rows, [*range(0, sharing.tokens, step), sharing.tokens]
-        tiles, places = np.divmod(np.arange(len(rows)), per_task)
-        splits = len(edges) - 1
-        notes[rows, 2], notes[rows, 3], notes[rows, 4] = len(tasks) + tiles * splits, splits, places
-        for first in range(0, len(rows), per_task):
-            count, table = min(per_task, len(rows) - first), int(heads[rows[first]])
+        edges = [*range(0, sharing.tokens, step), sharing.tokens]
+        for first in range(0, len(sharing.rows), per_task):
+            tile = sharing.rows[first : first + per_task]
+            table = int(heads[tile[0]])
+            firsts += [len(tasks)] * len(tile)
+            counts += [len(edges) - 1] * len(tile)
+            places += range(len(tile))
             for begin, end in pairwise(edges):
-                tasks.append((len(members) + first, count, begin, end, table, 0, 0, 0))
-        members += rows.tolist()
-    return np.array(tasks, dtype=np.int32).reshape(-1, SHARED_FIELDS), np.array(members, dtype=np.int32)
+                tasks.append((len(members), len(tile), begin, end, table, 0, 0, 0))
+            members += tile
+    who = np.array(members, dtype=np.int64)
+    notes[who, 2], notes[who, 3], notes[who, 4] = firsts, counts, places
+    return np.array(tasks, dtype=np.int32).reshape(-1, SHARED_FIELDS), who.astype(np.int32)
 
 
 def _shared_steps(groups: list[Sharing], per_task: int, own_keys: int, wanted: int) -> list[int]:
     """Keys of each group's tasks. There are at most `wanted`, or one a tile; half, where the own keys are more work."""
     tiles = [-(-len(sharing.rows) // per_task) for sharing in groups]
     products = sum(count * sharing.tokens for count, sharing in zip(tiles, groups, strict=True))
-    wanted = wanted if products > own_keys else wanted // 2
-    splits = [max(1, min(wanted // sum(tiles), sharing.tokens // SHARED_KEYS)) for sharing in groups]
-    return [_rounded(-(-group.tokens // count), TILE) for group, count in zip(groups, splits, strict=True)]
+    wanted, count = wanted if products > own_keys else wanted // 2, sum(tiles)
+    splits = [max(1, min(wanted // count, sharing.tokens // SHARED_KEYS)) for sharing in groups]
+    return [_rounded(-(-group.tokens // split), TILE) for group, split in zip(groups, splits, strict=True)]
 
 
 def _split(begins: NDArray, ends: NDArray, heads: NDArray, notes: Ints, wanted: int) -> Ints:
@@ -273,12 +274,9 @@ def _apart(row: Row) -> list[Row]:
 # -- who shares -------------------------------------------------------------------------------------------------------
 
 
-def _pays(contexts: NDArray, groups: list[Sharing], kind: Kind, processors: int, per_task: int) -> bool:
+def _pays(contexts: NDArray, saved: NDArray, groups: list[Sharing], kind: Kind, processors: int, per_task: int) -> bool:
     """Whether reading shared keys once, and merging, is faster than letting each row read them for itself."""
     own_wanted, shared_wanted = tasks_wanted(kind, processors)
-    saved = np.zeros(len(contexts), dtype=np.int64)
-    for sharing in groups:
-        saved[sharing.rows] = sharing.tokens
     at_once = READ_AT_ONCE * processors / kind.kv_heads * TILE
     merge = MERGE + len(contexts) * kind.heads / MERGED_AT_ONCE
 
@@ -290,9 +288,9 @@ def _pays(contexts: NDArray, groups: list[Sharing], kind: Kind, processors: int,
         return False
 
     tiles = [-(-len(sharing.rows) // per_task) for sharing in groups]
-    longest = max(_shared_steps(groups, per_task, int((contexts - saved).sum()), shared_wanted))
-    products = sum(count * sharing.tokens for count, sharing in zip(tiles, groups, strict=True))
     own = contexts - saved
+    longest = max(_shared_steps(groups, per_task, int(own.sum()), shared_wanted))
+    products = sum(count * sharing.tokens for count, sharing in zip(tiles, groups, strict=True))
     own_time = max(_own_steps(own, own_wanted).max() / TILE, own.sum() / at_once)
     return max(BESIDE * own_time, longest / TILE, products / at_once) + merge < alone
 
@@ -305,14 +303,14 @@ def find_sharing(rows: FlatRows) -> list[Sharing]:
 
         [3, 4, 9]  [3, 4, 7]  [3, 8]        all: 2 · 1 block        the first two: 1 · 2 blocks
     """
-    return _best(_Tables(rows), np.arange(rows.decodes), 0)
+    return _best(_Tables(rows), list(range(rows.decodes)), 0)
 
 
-def _best(tables: "_Tables", among: NDArray, known: int) -> list[Sharing]:
+def _best(tables: "_Tables", among: list[int], known: int) -> list[Sharing]:
     """The best groups of rows whose first `known` blocks are the same."""
     found: list[Sharing] = []
     for branch in tables.branches(among, known):
-        common = tables.common(branch)
+        common = tables.common(branch, known + 1)
         whole = Sharing(branch, common * tables.block_size // TILE * TILE)
         parts = _best(tables, branch, common)
         if sum(part.saved for part in parts) > whole.saved:
@@ -327,29 +325,26 @@ class _Tables:
 
     def __init__(self, rows: FlatRows) -> None:
         self.block_size = rows.block_size
-        self._heads = rows.heads
-        self._counts = rows.starts // rows.block_size  # the block of the token itself is always a row's own
-        self._blocks = rows.tables
         self._bytes = rows.tables.tobytes()
+        self._blocks = array("i", self._bytes)
+        self._heads = rows.heads.tolist()
+        self._counts = (rows.starts // rows.block_size).tolist()  # the block of the token itself is always a row's own
 
-    def branches(self, among: NDArray, known: int) -> list[NDArray]:
+    def branches(self, among: list[int], known: int) -> list[list[int]]:
         """Those of the rows that have the block after the first `known` ones in common with others."""
-        among = among[self._counts[among] > known]
-        blocks = self._blocks[self._heads[among] + known].tolist()
-        times = Counter(blocks)
         branches: dict[int, list[int]] = defaultdict(list)
-        for row, block in zip(among.tolist(), blocks, strict=True):
-            if times[block] > 1:
-                branches[block].append(row)
-        return [np.array(branch) for branch in branches.values()]
+        for row in among:
+            if self._counts[row] > known:
+                branches[self._blocks[self._heads[row] + known]].append(row)
+        return [branch for branch in branches.values() if len(branch) > 1]
 
-    def common(self, branch: NDArray) -> int:
-        """How many leading blocks all of these rows have in common."""
-        most = int(self._counts[branch].min())
-        first, *others = self._heads[branch].tolist()
+    def common(self, branch: list[int], known: int) -> int:
+        """How many leading blocks all of these rows have in common, of which so many are known."""
+        most = min([self._counts[row] for row in branch]) - known
+        first, *others = [self._heads[row] + known for row in branch]
         shared = self._bytes[4 * first : 4 * (first + most)]
         for other in others:
             if not self._bytes.startswith(shared, 4 * other):
-                most = int((self._blocks[first : first + most] != self._blocks[other : other + most]).argmax())
+                most = common_length(self._blocks[first : first + most], self._blocks[other : other + most])
                 shared = shared[: 4 * most]
-        return most
+        return known + most
