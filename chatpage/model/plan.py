@@ -30,9 +30,9 @@ TILE = 64  # keys: shared tasks end at multiples of it; what is left of the shar
 
 # What things take, in the time in which a program attends to a tile of keys, fitted to 336 cases measured on an H200:
 # so many tiles can be read side by side by each multiprocessor; keys that several rows read for themselves come from
-# its cache mostly; a merge begins, and handles so many heads meanwhile; own tasks take longer beside shared ones.
-READ_AT_ONCE, CACHED, MERGE, MERGED_AT_ONCE, BESIDE = 2.8, 0.76, 0.74, 3800, 1.12
-LEAST_SAVED = 256  # keys, where a single launch would do
+# its cache mostly; a merge begins, and handles so many heads meanwhile; own tasks take longer beside shared ones; and
+# the two must begin together and wait for each other.
+READ_AT_ONCE, CACHED, MERGE, MERGED_AT_ONCE, BESIDE, PARTING = 2.55, 0.575, 0.88, 3140, 1.15, 0.85
 
 # Chunks of so few tokens, each behind so many, are computed as decodes.
 MOST_APART, LEAST_BEFORE = 128, 512
@@ -284,15 +284,13 @@ def _pays(contexts: NDArray, saved: NDArray, groups: list[Sharing], kind: Kind, 
     alone = max(alone_steps.max() / TILE, (contexts - saved + CACHED * saved).sum() / at_once)
     if (alone_steps < contexts).any():
         alone += merge
-    elif sum(sharing.saved for sharing in groups) < LEAST_SAVED:
-        return False
 
     tiles = [-(-len(sharing.rows) // per_task) for sharing in groups]
     own = contexts - saved
     longest = max(_shared_steps(groups, per_task, int(own.sum()), shared_wanted))
     products = sum(count * sharing.tokens for count, sharing in zip(tiles, groups, strict=True))
     own_time = max(_own_steps(own, own_wanted).max() / TILE, own.sum() / at_once)
-    return max(BESIDE * own_time, longest / TILE, products / at_once) + merge < alone
+    return max(BESIDE * own_time, longest / TILE, products / at_once) + PARTING + merge < alone
 
 
 def find_sharing(rows: FlatRows) -> list[Sharing]:
