@@ -200,11 +200,11 @@ class Engine:
         elif messages and text:
             messages = [{"role": "system", "content": text}, *messages]
         self.require_size(messages)
-        tokens = self.template.render(messages)
+        tokens = tuple(self.template.render(messages))
         self.require_room(len(tokens))
         system = next((s for s in self.systems if s.text == text), None)
         shared = common_length(tokens, system.tokens) if system and self.sharing != "off" else 0
-        return Prompt(tuple(tokens), shared)
+        return Prompt(tokens, shared)
 
     def require_size(self, messages: "list[Message]") -> None:
         """Refuse texts that are so long that they need not even be tokenised."""
@@ -224,9 +224,10 @@ class Engine:
         last = self.core.loaded.vocab_size - 1
         named = {"The prompt": prompt.tokens, "stop_token_ids": params.stop_token_ids, "logit_bias": params.biased}
         for name, tokens in named.items():
-            if unknown := [token for token in tokens if not 0 <= token <= last]:
+            if tokens and not 0 <= min(tokens) <= max(tokens) <= last:
+                unknown = next(token for token in tokens if not 0 <= token <= last)
                 param = "messages" if name == "The prompt" else name
-                raise RequestError(f"{name} has token {unknown[0]}; the model knows 0 to {last}.", param=param)
+                raise RequestError(f"{name} has token {unknown}; the model knows 0 to {last}.", param=param)
 
     @property
     def _most_replies(self) -> int:

@@ -109,7 +109,10 @@ class PrefixTree:
 
 def common_length(a: Sequence[object], b: Sequence[object]) -> int:
     """How many leading items two sequences have in common."""
+    shorter = min(len(a), len(b))
+    if a[:shorter] == b[:shorter]:  # the usual case of a long system prompt needs no loop in Python
+        return shorter
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return i
-    return min(len(a), len(b))
+    return shorter
