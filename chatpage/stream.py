@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 from typing import ClassVar
 from weakref import WeakValueDictionary
@@ -15,8 +14,8 @@ log = logging.getLogger(__name__)
 
 MOST_PENDING = 16  # deltas that nobody has fetched; more are merged, since many small objects cost the collector time
 FEW = 8  # readers, after whom an event loop need not rest: each gets every token alone
-REST = 4  # after more readers, times as long as they took: in that time the engine cannot run Python
-LONGEST_REST = 0.1  # seconds
+WAKES_A_SECOND = 6400  # of more readers; each costs time in which the engine cannot run Python
+LONGEST_REST = 0.04  # seconds; nobody sees in which pieces text comes that fast
 
 
 class Stream(AsyncIterator[Delta]):
@@ -140,8 +139,8 @@ class Bell:
 
     What a reader does with a piece of text, down to the socket, takes longer than the engine's thread takes for a
     token, and only one thread can run Python at a time. So many readers who fetch every token at once would leave the
-    engine too little of that time. Therefore the loop rests after a round, the longer the longer its readers took; in
-    the next round each finds several tokens. Who waits for a first token or for the end is woken at once.
+    engine too little of that time. Therefore the loop rests after a round, the longer the more readers it woke; in the
+    next round each finds several tokens. Who waits for a first token or for the end is woken at once.
     """
 
     _all: ClassVar["WeakValueDictionary[asyncio.AbstractEventLoop, Bell]"] = WeakValueDictionary()
@@ -179,10 +178,7 @@ class Bell:
             rests = self._is_planned = len(ready) > FEW
         _set_ready(ready)
         if rests:
-            self._loop.call_soon(self._rest, time.thread_time())  # when all of them have had their turn
-
-    def _rest(self, begun: float) -> None:
-        self._loop.call_later(min(REST * (time.thread_time() - begun), LONGEST_REST), self._round)
+            self._loop.call_later(min(len(ready) / WAKES_A_SECOND, LONGEST_REST), self._round)
 
 
 def _set_ready(streams: Iterable[Stream]) -> None:

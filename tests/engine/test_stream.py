@@ -66,7 +66,7 @@ async def test_a_few_get_every_token_alone() -> None:
 
 
 async def test_a_crowd_gets_several_tokens_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_module, "REST", 1e9)
+    monkeypatch.setattr(stream_module, "WAKES_A_SECOND", CROWD / 0.3)
     monkeypatch.setattr(stream_module, "LONGEST_REST", 0.3)
     for deltas in await speak(CROWD, 0.005):
         assert len(deltas) < TOKENS / 2
@@ -74,7 +74,7 @@ async def test_a_crowd_gets_several_tokens_at_once(monkeypatch: pytest.MonkeyPat
 
 
 async def test_a_first_token_and_an_end_wait_for_no_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_module, "REST", 1e9)
+    monkeypatch.setattr(stream_module, "WAKES_A_SECOND", 0.001)
     monkeypatch.setattr(stream_module, "LONGEST_REST", 3600.0)
     crowd, late = [Stream(lambda: None) for _ in range(CROWD)], Stream(lambda: None)
     reading = [asyncio.create_task(read(stream)) for stream in crowd]
