@@ -16,7 +16,7 @@ import torch
 
 from chatpage.kernels.copy import BlockCopier
 from chatpage.kernels.store import store
-from tests.kernels import test_copy
+from tests.kernels import test_between, test_copy
 from tests.kernels.case import Case, draw_rows
 from tests.kernels.conftest import DEVICE, ON_GPU
 from tests.kernels.test_attention import FORMS, paged
@@ -30,6 +30,9 @@ def main() -> None:
     dtypes = [torch.float32, torch.bfloat16] if ON_GPU else [torch.float32]
     for dtype in dtypes:
         _store(dtype)
+        test_between.test_add_and_norm(96, dtype)
+        test_between.test_angles(40, dtype)
+        test_between.test_heads_are_turned_and_stored(dtype, 80, True)
         memories = test_copy.pools(8, dtype)
         test_copy.check(memories, BlockCopier(memories), [(1, 2), (2, 3), (9, 1), (30, 30)])
         for name in CHOSEN:
@@ -37,9 +40,11 @@ def main() -> None:
                 form = FORMS[name]
                 rows = draw_rows(Random(name), form.block_size, rows=6, longest=100, chunk=20)
                 Case.make(form, rows, device=DEVICE, dtype=dtype).check(paged(shared))
+    test_between.test_inputs_are_widened_and_tokens_fetched(5)
     if ON_GPU:
         torch.cuda.synchronize()
-    print(f"store, copy and {2 * len(CHOSEN)} cases of attention in {len(dtypes)} dtypes: all answers are right")
+    cases = f"{2 * len(CHOSEN)} cases of attention in {len(dtypes)} dtypes"
+    print(f"what is between products, store, copy and {cases}: all answers are right")
 
 
 def _store(dtype: torch.dtype) -> None:
