@@ -29,13 +29,13 @@ def widen(
 
     Args:
         given, sources, positions: (tokens,) of int32; where a source is not −1, the token is `drawn[source]` instead.
-        sampled: (rows,) of int32, at most `tokens`.
+        sampled: (rows,) of int32.
         drawn: of int64; −1 where there is none, and any token will do.
     """
     tokens, wide_positions, wide_sampled = (
         torch.empty_like(numbers, dtype=torch.int64) for numbers in (given, positions, sampled)
     )
-    _widen[(triton.cdiv(len(given), TILE),)](
+    _widen[(triton.cdiv(max(len(given), len(sampled)), TILE),)](
         given, sources, positions, sampled, drawn, tokens, wide_positions, wide_sampled,
         len(given), len(sampled), TILE,
     )  # fmt: skip

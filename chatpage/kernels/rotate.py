@@ -1,6 +1,6 @@
 """Between the product that gives queries, keys and values, and attention: norms of heads, RoPE, and the store.
 
-    heads of a token    q0 q1 q2 q3 │ k0 k1 │ v0 v1          one program a head
+    heads of a token    q0 q1 q2 q3 │ k0 k1 │ v0 v1          a program for eight heads
                         norm, RoPE  │ too   │
                             ▼          ▼       ▼
                         queries      slots of the pool

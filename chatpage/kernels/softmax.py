@@ -39,8 +39,8 @@ def tile(size: int) -> int:
 def stages(ahead: int, count: int, keys: Tensor, values: Tensor) -> int:
     """Triton's number of stages for a loop of `attend`, of which so many tiles of keys and values are loaded ahead.
 
-    Fewer where a multiprocessor has no room for two such programs. A tile counts twice, since the numbers of its
-    blocks are loaded before it.
+    Fewer, but at least one, where those of two such programs would not fit into a multiprocessor's memory. A tile
+    counts twice, since the numbers of its blocks are loaded before it.
 
     Args:
         count: keys of a tile.

@@ -71,7 +71,7 @@ class KernelModel:
 
 @torch.inference_mode()
 def _rotation_by_kernel(fused: FusedModel) -> Rotation | None:
-    """One kernel for what takes the model's own module ten, if it gives the same."""
+    """One kernel for what takes the model's own module ten, if it gives the same; else None."""
     frequencies = getattr(fused.rotary, "inv_freq", None)
     scaling = getattr(fused.rotary, "attention_scaling", 1.0)
     if frequencies is None or frequencies.dim() != 1:
@@ -82,7 +82,11 @@ def _rotation_by_kernel(fused: FusedModel) -> Rotation | None:
         return cos[:, None], sin[:, None]
 
     positions = torch.tensor(TRIED, device=frequencies.device)
-    hidden = torch.zeros(len(TRIED), 1, device=frequencies.device)
-    pairs = list(zip(fused.rotation(hidden, positions), rotation(hidden, positions), strict=True))
-    is_same = all(a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=ROUNDING) for a, b in pairs)
-    return rotation if is_same else None
+    for dtype in (torch.float32, fused.norm.weight.dtype):  # some turn in the precision of what they are given
+        hidden = torch.zeros(len(TRIED), 1, dtype=dtype, device=frequencies.device)
+        allowed = scaling * max(ROUNDING, torch.finfo(dtype).eps)
+        for theirs, ours in zip(fused.rotation(hidden, positions), rotation(hidden, positions), strict=True):
+            is_alike = (theirs.shape, theirs.dtype) == (ours.shape, ours.dtype)
+            if not (is_alike and torch.allclose(theirs, ours, rtol=0, atol=allowed)):
+                return None
+    return rotation

@@ -40,7 +40,7 @@ def main() -> None:
                 form = FORMS[name]
                 rows = draw_rows(Random(name), form.block_size, rows=6, longest=100, chunk=20)
                 Case.make(form, rows, device=DEVICE, dtype=dtype).check(paged(shared))
-    test_between.test_inputs_are_widened_and_tokens_fetched(5)
+    test_between.test_inputs_are_widened_and_tokens_fetched(5, 300)
     if ON_GPU:
         torch.cuda.synchronize()
     cases = f"{2 * len(CHOSEN)} cases of attention in {len(dtypes)} dtypes"

@@ -26,17 +26,17 @@ def assert_near(found: Tensor, expected: Tensor, allowed: float) -> None:
     assert (found - expected).norm() <= allowed * expected.norm()
 
 
-@pytest.mark.parametrize("tokens", [1, 5, TILE + 3])
-def test_inputs_are_widened_and_tokens_fetched(tokens: int) -> None:
-    given, positions = torch.arange(100, 100 + tokens), torch.arange(7, 7 + tokens)
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 1), (5, 3), (TILE + 3, 3), (32, 2 * TILE)])
+def test_inputs_are_widened_and_tokens_fetched(tokens: int, rows: int) -> None:
+    """A frame has as many rows as there may be sequences, of however few tokens it is."""
+    given, positions, sampled = (torch.arange(n, n + count) for n, count in ((100, tokens), (7, tokens), (0, rows)))
     sources = torch.full((tokens,), -1)
     sources[tokens // 2] = 2
     drawn = torch.tensor([9, -1, 5, 8], device=DEVICE)
-    rows = min(tokens, 3)
-    numbers = (numbers.to(DEVICE, torch.int32) for numbers in (given, sources, positions, positions[:rows]))
+    numbers = (numbers.to(DEVICE, torch.int32) for numbers in (given, sources, positions, sampled))
     token_ids, *others = widen(*numbers, drawn)
     given[tokens // 2] = 5
-    for found, expected in zip((token_ids, *others), (given, positions, positions[:rows]), strict=True):
+    for found, expected in zip((token_ids, *others), (given, positions, sampled), strict=True):
         assert found.dtype == torch.int64
         assert torch.equal(found.cpu(), expected)
 

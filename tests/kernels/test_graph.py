@@ -16,8 +16,9 @@ from torch import Tensor
 from chatpage.model import graph, plan
 from chatpage.model.batch import Drawn, Row
 from chatpage.model.frame import Form, Frame
-from chatpage.model.fused_kernels import KernelModel
+from chatpage.model.fused_kernels import KernelModel, _rotation_by_kernel
 from chatpage.model.graph import Graphs
+from chatpage.model.load import load
 from chatpage.model.paged import PagedAttention
 from chatpage.model.step import Launched
 from chatpage.schedule.params import SamplingParams
@@ -132,6 +133,39 @@ def test_recorded_steps_answer_as_plain_ones(
     for prompts in (PROMPTS, PROMPTS[2:3]):
         assert texts(answers(desk, prompts)) == texts(answers(plain, prompts))
     assert {Form.MIXED, Form.SHARED, Form.ALONE} == set(forms(desk)), "not all forms have run"
+
+
+class Rotary(torch.nn.Module):
+    """As Llama's, but for what is done with the angles (tokens, head_size / 2) in between."""
+
+    attention_scaling = 1.0
+
+    def __init__(self, inv_freq: Tensor, spread: Callable[[Tensor, torch.dtype], Tensor]) -> None:
+        super().__init__()
+        self.inv_freq, self._spread = inv_freq, spread
+
+    def forward(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        angles = self._spread(positions[..., None] * self.inv_freq, hidden.dtype)
+        return angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
+
+
+@pytest.mark.parametrize(
+    ("spread", "is_replaced"),
+    [
+        (lambda angles, dtype: torch.cat([angles, angles], -1), True),
+        (lambda angles, dtype: torch.cat([angles, angles], -1).to(dtype), False),
+        (lambda angles, dtype: angles.repeat_interleave(2, -1), False),
+    ],
+    ids=["as Llama", "in half precision", "neighbours"],
+)
+def test_a_rotation_is_replaced_by_one_that_is_the_same(
+    spread: Callable[[Tensor, torch.dtype], Tensor], is_replaced: bool, tmp_path: Path
+) -> None:
+    fused = load(make("llama", tmp_path / "llama"), device="cpu", dtype="float16").fused
+    assert fused
+    assert _rotation_by_kernel(fused)
+    fused.rotary = Rotary(fused.rotary.inv_freq, spread)
+    assert bool(_rotation_by_kernel(fused)) == is_replaced
 
 
 def test_a_short_chunk_behind_many_tokens_is_a_group_of_decodes(

@@ -64,13 +64,13 @@ def test_a_head_that_is_the_embedding_stays_as_that(loads: Loads) -> None:
 
 
 def swaps_the_halves(model: FusedModel, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
-    cos, sin = (part[0, :, None] for part in model._rotary(hidden[None], positions[None]))
+    cos, sin = (part[0, :, None] for part in model.rotary(hidden[None], positions[None]))
     first, second = sin.chunk(2, dim=-1)
     return cos, torch.cat([first, -second], dim=-1)
 
 
 def forgets_the_positions(model: FusedModel, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
-    cos, sin = (part[0, :, None] for part in model._rotary(hidden[None], positions[None]))
+    cos, sin = (part[0, :, None] for part in model.rotary(hidden[None], positions[None]))
     return torch.ones_like(cos), torch.zeros_like(sin)
 
 
