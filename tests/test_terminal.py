@@ -90,9 +90,7 @@ class Terminal:
     """A chat at the other end of a pseudo-terminal."""
 
     def __init__(self, *arguments: object) -> None:
-        import fcntl
         import pty
-        import termios
 
         self._master, slave = pty.openpty()
         self._unread = ""
@@ -104,7 +102,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that its keys reach the process as signals
+            preexec_fn=_take_terminal,
         )
         os.close(slave)
 
@@ -147,6 +145,15 @@ class Terminal:
                 except OSError:  # the other end is closed
                     return self.process.wait(20)
         return self.process.returncode
+
+
+def _take_terminal() -> None:
+    """In the new process: keys of this terminal reach it as signals, also where the tests run in the background."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 # -- the flags ---------------------------------------------------------------------------------------------------------
