@@ -8,7 +8,7 @@
     python -m benchmarks.engine --shape tiny             tries this program on a CPU
 
 Shapes of Qwen3-0.6B and Qwen3-8B with random weights, made on the GPU, and the bundled tokenizer; greedy; a question of
-128 tokens and an answer of 128 behind a system prompt of about 2,048, so that a session has about 192 tokens of its own
+128 tokens and an answer of 128 behind a system prompt of 2,048, so that a session has about 192 tokens of its own
 on average (*own* says how many). No answer ends early. Settings are the defaults, except for the size of the pool.
 
 *Tokens/s* is wall time from the first request to the last token, the questions' prefill included. *Decoding* counts
@@ -68,7 +68,7 @@ class Workload:
     """What is asked.
 
     Attributes:
-        shared: tokens of the system prompt, about.
+        shared: tokens of the system prompt.
         question, new: tokens of a question and of its answer.
         crowd: sessions where one number must do.
         hello: tokens of the question whose first token is timed.
@@ -144,7 +144,8 @@ class Crowd:
 
     def _listener(self, turn: Turn) -> Callable[[Delta], None]:
         look = self._look if len(self.turns) == 1 else None
-        middle, now, came = range(self.new // 2, self.new // 2 + BLOCK), time.perf_counter, turn.came
+        begin, now, came = self.new // 2 - BLOCK // 2, time.perf_counter, turn.came
+        middle = range(begin, begin + BLOCK)
 
         def hear(delta: Delta) -> None:
             for _ in delta.tokens:
@@ -336,20 +337,25 @@ def _free() -> None:
 
 
 def _system_prompt(tokens: int) -> str:
-    """A text of so many tokens at most, and hardly fewer, as the bundled tokenizer counts."""
+    """A text of so many tokens, as the bundled tokenizer counts, with what the template puts around it."""
     from transformers import AutoTokenizer
 
     template = ChatTemplate(AutoTokenizer.from_pretrained(tutor.path()))
+
+    def missing(text: str) -> int:
+        return tokens - len(template.system_prefix(text))
+
     words = tutor.system_prompt().split()
     many = list(itertools.islice(itertools.cycle(words), tokens))
     low, high = 1, len(many)
     while high - low > 1:
         middle = (low + high) // 2
-        if len(template.system_prefix(" ".join(many[:middle]))) <= tokens:
+        if missing(" ".join(many[:middle])) >= 0:
             low = middle
         else:
             high = middle
-    return " ".join(many[:low])
+    text = " ".join(many[:low])
+    return text + missing(text) * " a"
 
 
 # -- questions ---------------------------------------------------------------------------------------------------------
