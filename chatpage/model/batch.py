@@ -101,6 +101,10 @@ class Inputs(Protocol):
     def positions(self) -> Tensor: ...
     @property
     def sampled(self) -> Tensor: ...
+    @property
+    def logits(self) -> Tensor | None:
+        """Where the logits are wanted, if not in memory of their own; a model may leave them elsewhere all the same."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,10 @@ class Batch:
     tables: Tensor
     sampled: Tensor
     draws: list[Draw | None]
+
+    @property
+    def logits(self) -> None:
+        """They may lie anywhere."""
 
     @classmethod
     def build(cls, rows: list[Row], *, block_size: int, device: torch.device | str = "cpu") -> "Batch":

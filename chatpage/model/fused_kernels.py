@@ -47,7 +47,8 @@ class KernelModel:
             more = self._feed_forward(layer, normed)
         last = batch.sampled
         added = None if more is None else more[last]
-        return fused.head(add_and_norm(hidden[last], added, fused.norm.weight, fused.norm.epsilon)[1])
+        _, normed = add_and_norm(hidden[last], added, fused.norm.weight, fused.norm.epsilon)
+        return fused.head(normed, batch.logits)
 
     @staticmethod
     def _attend(layer: Layer, normed: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:

@@ -36,6 +36,7 @@ class RecordedInputs:
     token_ids: Tensor
     positions: Tensor
     sampled: Tensor
+    logits: Tensor
 
 
 class Buffer:
@@ -122,11 +123,12 @@ class Graphs:
             frame.sampled.of(numbers),
             self._last.tokens,
         )
-        inputs = RecordedInputs(token_ids, positions, sampled)
+        inputs = RecordedInputs(token_ids, positions, sampled, self._logits[:rows])
         plans = {kind: self._device_plan(frame, kind) for kind in self._kinds}
         attention = KernelAttention(self.pool, frame.slots.of(numbers), plans.__getitem__)
         logits = self._forward(inputs, attention)
-        self._logits[:rows].copy_(logits)
+        if logits is not inputs.logits:
+            inputs.logits.copy_(logits)
         wishes, points = frame.wishes.of(numbers).view(torch.float32), frame.points.of(numbers).view(torch.float64)
         draw(logits, wishes, points[:, 0], self._last.tokens[:rows])
 

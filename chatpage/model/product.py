@@ -36,13 +36,19 @@ class Product:
         self._bias = None if biases[0] is None else _joined(biases)
         self._is_packed = False
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Multiply; into `out`, if given, where nothing is packed."""
         if not self._is_packed:
-            return F.linear(hidden, self._weight, self._bias)
+            return self._multiply_into(hidden, out) if out is not None else F.linear(hidden, self._weight, self._bias)
         rows = len(hidden)
         if missing := _filled(rows) - rows:
             return _multiply(F.pad(hidden, (0, 0, 0, missing)), self._weight, self._bias)[:rows]
         return _multiply(hidden, self._weight, self._bias)
+
+    def _multiply_into(self, hidden: Tensor, out: Tensor) -> Tensor:
+        if self._bias is None:
+            return torch.mm(hidden, self._weight.t(), out=out)
+        return torch.addmm(self._bias, hidden, self._weight.t(), out=out)
 
     @torch.no_grad()
     def pack(self, *, keep: Tensor) -> None:

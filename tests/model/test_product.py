@@ -101,3 +101,12 @@ def test_few_numbers_of_rows_are_compiled() -> None:
 def test_what_is_not_plain_is_refused(wrong: list[nn.Module]) -> None:
     with pytest.raises(ValueError, match="products"):
         Product(wrong)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_goes_where_it_is_wanted(bias: bool) -> None:
+    linears, hidden = layers(bias=bias), torch.randn(5, 48)
+    with torch.inference_mode():
+        expected, wanted = answers(linears, hidden), torch.full((5, 160), float("nan"))
+        assert Product(linears)(hidden, wanted) is wanted
+    torch.testing.assert_close(wanted, expected)
