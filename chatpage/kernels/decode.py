@@ -32,6 +32,11 @@ ALONE, BESIDE, CROWDED = Shape(32, 1, 3), Shape(16, 1, 2), Shape(32, 1, 1)
 CROWD = 1024  # programs
 
 
+def is_crowd(rows: int, kv_heads: int) -> bool:
+    """Whether so many rows would take all the room, if they came before those that attend to shared keys."""
+    return rows * kv_heads >= CROWD
+
+
 @triton.jit
 def _decode(
     query, keys, values, tables, tasks, rows, out, sinks, answers, sums,
@@ -100,18 +105,19 @@ def attend_decodes(
         rows: see `chatpage.kernels.merge.merge`.
         left: where a task leaves its states, `heads` rows each.
         out: (tokens, heads, value_size), contiguous.
-        beside: whether `attend_shared` runs at the same time.
+        beside: whether `attend_shared` runs at the same time. It must begin first if this `is_crowd`, else this must.
         scaling, softcap, sinks: see `chatpage.model.attention.AttentionCall`.
     """
     _, block_size, kv_heads, key_size = keys.shape
     heads, value_size = query.shape[1], values.shape[3]
-    shape = ALONE if not beside else BESIDE if len(rows) * kv_heads < CROWD else CROWDED
-    early = {} if beside else launched_early()  # it must not take the place of the other, which takes longer
+    crowded = beside and is_crowd(len(rows), kv_heads)
+    shape = CROWDED if crowded else BESIDE if beside else ALONE
     _decode[(kv_heads, len(tasks))](
         query, keys, values, tables, tasks, rows, out, sinks, *left,
         query.stride(0), query.stride(1), scaling, softcap or 0.0,
         heads, kv_heads, key_size, value_size, tile(key_size), tile(value_size),
         block_size, softcap is not None, sinks is not None,
         max(16, triton.next_power_of_2(heads // kv_heads)), shape.keys,
-        num_warps=shape.warps, num_stages=stages(shape.ahead, shape.keys, keys, values), **early,
+        num_warps=shape.warps, num_stages=stages(shape.ahead, shape.keys, keys, values),
+        **({} if crowded else launched_early()),
     )  # fmt: skip

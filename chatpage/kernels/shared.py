@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chatpage.kernels.softmax import Left, attend, empty, leave, stages, tile
+from chatpage.kernels.target import launched_early, let_the_next_one_begin, wait_for_the_one_before
 
 KEYS = 64  # of a program at once
 WARPS = 4
@@ -28,10 +29,12 @@ def _shared(
     KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
+    let_the_next_one_begin()
     kv_head, task = tl.program_id(0), tl.program_id(1)
     first, count = tl.load(tasks + task * 8), tl.load(tasks + task * 8 + 1)
     begin, end = tl.load(tasks + task * 8 + 2), tl.load(tasks + task * 8 + 3)
     table = tables + tl.load(tasks + task * 8 + 4)
+    wait_for_the_one_before()
     if count == 0:
         return
     index = tl.arange(0, ROWS)
@@ -65,6 +68,7 @@ def attend_shared(
     left: Left,
     *,
     shared_rows: int,
+    first: bool,
     scaling: float,
     softcap: float | None,
 ) -> None:
@@ -77,6 +81,7 @@ def attend_shared(
         members: rows that share, group after group.
         left: where a task leaves its states, `kv_heads` times `shared_rows` rows each.
         shared_rows: of a task's matrix: at least its members times heads / kv_heads; a power of two from 16 on.
+        first: whether it may begin early: the kernel before it, on the same stream, has made the queries.
     """
     _, block_size, kv_heads, key_size = keys.shape
     value_size = values.shape[3]
@@ -86,4 +91,5 @@ def attend_shared(
         kv_heads, query.shape[1] // kv_heads, key_size, value_size, tile(key_size), tile(value_size),
         block_size, softcap is not None, shared_rows, KEYS,
         num_warps=WARPS, num_stages=2 if shared_rows >= LARGE else stages(AHEAD, KEYS, keys, values),
+        **(launched_early() if first else {}),
     )  # fmt: skip

@@ -5,8 +5,7 @@ plan ──▶ shared prefixes ─┐  on a stream of their own, beside
          chunks ─────────────────────▶ answers of the chunks
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from chatpage.device import to_device
-from chatpage.kernels.decode import attend_decodes
+from chatpage.kernels.decode import attend_decodes, is_crowd
 from chatpage.kernels.merge import FEW, merge
 from chatpage.kernels.prefill import attend_chunks, queries_per_task
 from chatpage.kernels.rotate import Turn, turn_and_store
@@ -130,21 +129,24 @@ class KernelAttention:
         heads, kv_heads, value_size = query.shape[1], keys.shape[2], values.shape[3]
         own = _left(query, len(plan.own) * heads, value_size)
         shared = _left(query, len(plan.shared) * kv_heads * plan.shared_rows, value_size)
-        with _beside(query.device, if_any=len(plan.shared)) as side:
-            if len(plan.shared):
-                with side():
-                    attend_shared(
-                        query,
-                        keys,
-                        values,
-                        plan.tables,
-                        plan.shared,
-                        plan.members,
-                        shared,
-                        shared_rows=plan.shared_rows,
-                        scaling=call.scaling,
-                        softcap=call.softcap,
-                    )
+        crowded = is_crowd(len(plan.rows), kv_heads)
+
+        def attend_to_shared() -> None:
+            attend_shared(
+                query,
+                keys,
+                values,
+                plan.tables,
+                plan.shared,
+                plan.members,
+                shared,
+                shared_rows=plan.shared_rows,
+                first=crowded,
+                scaling=call.scaling,
+                softcap=call.softcap,
+            )
+
+        def attend_to_own() -> None:
             attend_decodes(
                 query,
                 keys,
@@ -159,6 +161,12 @@ class KernelAttention:
                 softcap=call.softcap,
                 sinks=call.sinks,
             )
+
+        if not len(plan.shared):
+            attend_to_own()
+        else:
+            order = (attend_to_shared, attend_to_own) if crowded else (attend_to_own, attend_to_shared)
+            _side_by_side(query.device, *order)
         if plan.merges:
             merge(
                 plan.rows,
@@ -231,16 +239,21 @@ def _left(like: Tensor, rows: int, value_size: int) -> Left:
     return Left(like.new_empty(rows, value_size), like.new_empty(rows, dtype=torch.float32))
 
 
-@contextmanager
-def _beside(device: torch.device, *, if_any: int) -> Iterator[Callable[[], AbstractContextManager]]:
-    """Within it, what is launched in `with side():` runs beside the rest; what follows waits for both."""
-    if device.type != "cuda" or not if_any:
-        yield nullcontext
+def _side_by_side(device: torch.device, first: Callable[[], None], second: Callable[[], None]) -> None:
+    """Launch both so that they run at the same time; what follows waits for both.
+
+    The first has room first. It stays on the stream of the kernel before it, so it can begin early.
+    """
+    if device.type != "cuda":
+        first()
+        second()
         return
     main, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(main)
     try:
-        yield lambda: torch.cuda.stream(side)
+        first()
+        with torch.cuda.stream(side):
+            second()
     finally:  # what both use is given back to the main one, whatever happens
         main.wait_stream(side)
 

@@ -32,7 +32,7 @@ TILE = 64  # keys: shared tasks end at multiples of it; what is left of the shar
 # so many tiles can be read side by side by each multiprocessor; keys that several rows read for themselves come from
 # its cache mostly; a merge begins, and handles so many heads meanwhile; own tasks take longer beside shared ones; and
 # the two must begin together and wait for each other.
-READ_AT_ONCE, CACHED, MERGE, MERGED_AT_ONCE, BESIDE, PARTING = 2.55, 0.575, 0.88, 3140, 1.15, 0.85
+READ_AT_ONCE, CACHED, MERGE, MERGED_AT_ONCE, BESIDE, PARTING = 2.75, 0.79, 1.35, 2030, 1.02, 0.98
 
 # Chunks of so few tokens, each behind so many, are computed as decodes.
 MOST_APART, LEAST_BEFORE = 128, 512
