@@ -202,8 +202,9 @@ class Crowd:
 class Prompts:
     """Random questions that nobody has asked before, behind the system prompt or alone."""
 
+    _random = random.Random(1)  # of all: an engine remembers what another one's have asked
+
     def __init__(self, engine: Engine, *, shared: Tokens | None = None) -> None:
-        self._random = random.Random(1)
         self._system = list(engine.systems[0].tokens) if shared is None else shared
         self._system_tokens = len(self._system) if engine.sharing != "off" and shared is None else 0
 
@@ -310,8 +311,8 @@ class Bench:
                 sharing=sharing,
                 device="auto",
                 kv_blocks=self.workload.kv_blocks,
-                # Where each computes the system prompt, steps are larger, so that all decode before the first one ends.
-                max_step_tokens=4096 if sharing == "off" else 2048,
+                # Where each computes the system prompt, steps are larger: all decode before the first is half-way.
+                max_step_tokens=8192 if sharing == "off" else 2048,
             )
 
     def say_start(self, engine: Engine, seconds: float) -> None:
