@@ -1,6 +1,6 @@
 """Paged attention by Triton kernels.
 
-plan ──▶ shared prefixes ─┐  on a stream of their own, beside
+plan ──▶ shared prefixes ─┐  side by side, on two streams
          own keys ────────┴▶ merge ──▶ answers of the decodes
          chunks ─────────────────────▶ answers of the chunks
 """
