@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from chatpage.kernels import decode
 from chatpage.model.batch import Batch, Row
 from chatpage.model.kv import KVPool
 from chatpage.model.paged import PagedAttention
@@ -133,12 +134,14 @@ def test_a_few_very_long_contexts(shared):
     Case.make(Form(2, 1, 32, 32), sketch.rows, device=DEVICE).check(paged(shared))
 
 
+@pytest.mark.parametrize("crowd", [1, 10**6])
 @pytest.mark.parametrize("shared", SHARED)
-def test_many_decodes_behind_one_prefix(shared):
-    """More queries than fit one tile, of rows whose own parts differ much in length."""
+def test_many_decodes_behind_one_prefix(shared, crowd, monkeypatch):
+    """More queries than fit one tile, of rows whose own parts differ much in length; shared ones first, or own ones."""
+    monkeypatch.setattr(decode, "CROWD", crowd)
     form = Form(8, 1)
     sketch = Sketch(16)
-    trunk = sketch.blocks(64 if ON_GPU else 3)
+    trunk = sketch.blocks(64 if ON_GPU else 9)
     random = Random(2)
     for _ in range(300 if ON_GPU else 20):
         sketch.add(1, len(trunk) * 16 + random.choice([0, 1, 7, 15, 16, random.randint(0, LONGEST // 2)]), trunk)
