@@ -9,7 +9,8 @@
 
 Shapes of Qwen3-0.6B and Qwen3-8B with random weights, made on the GPU, and the bundled tokenizer; greedy; a question of
 128 tokens and an answer of 128 behind a system prompt of 2,048, so that a session has about 192 tokens of its own
-on average (*own* says how many). No answer ends early. Settings are the defaults, except for the size of the pool.
+on average (*own* says how many). No answer ends early. Settings are the defaults, except for the size of the pool, and
+of a step where nothing is shared.
 
 *Tokens/s* is wall time from the first request to the last token, the questions' prefill included. *Decoding* counts
 from when all sessions have their first token to when the first one ends: the limits and the goals are about that.
@@ -202,7 +203,7 @@ class Crowd:
 class Prompts:
     """Random questions that nobody has asked before, behind the system prompt or alone."""
 
-    _random = random.Random(1)  # of all: an engine remembers what another one's have asked
+    _random = random.Random(1)  # one for all: an engine remembers what others have asked it
 
     def __init__(self, engine: Engine, *, shared: Tokens | None = None) -> None:
         self._system = list(engine.systems[0].tokens) if shared is None else shared
@@ -356,7 +357,10 @@ def _system_prompt(tokens: int) -> str:
         else:
             high = middle
     text = " ".join(many[:low])
-    return text + missing(text) * " a"
+    text += missing(text) * " a"
+    if missing(text):
+        raise ValueError(f"No system prompt of {tokens} tokens was found.")
+    return text
 
 
 # -- questions ---------------------------------------------------------------------------------------------------------
@@ -820,7 +824,7 @@ def _tell_peer(bench: Bench, name: str, sessions: int, seconds: Callable[[], lis
 
 def _peer_prompts(bench: Bench, sessions: int, seed: int) -> list[Tokens]:
     shared, own = bench.workload.peers
-    draw = random.Random(seed)
+    draw = random.Random(f"{sessions} {seed}")  # an engine remembers what fewer sessions have asked it
     common = draw.choices(range(5, 2000), k=shared)
     return [common + draw.choices(range(5, 2000), k=own) for _ in range(sessions)]
 

@@ -26,14 +26,13 @@ class Shape(NamedTuple):
 
 
 # Measured on an H200 with heads of 128 numbers (`benchmarks/RESULTS.md`): what is fastest where these programs have the
-# GPU to themselves, and where they must find room beside those that attend to shared keys: the more they are, the less
-# each may take.
+# GPU to themselves, and beside those that attend to shared keys, where each may take less the more they are.
 ALONE, BESIDE, CROWDED = Shape(32, 1, 3), Shape(16, 1, 2), Shape(32, 1, 1)
-CROWD = 1024  # programs
+CROWD = 1024  # rows with each of their KV heads, those included that a recorded step has room for
 
 
 def is_crowd(rows: int, kv_heads: int) -> bool:
-    """Whether so many rows would take all the room, if they came before those that attend to shared keys."""
+    """Whether so many rows would leave no room for those that attend to shared keys, if they came first."""
     return rows * kv_heads >= CROWD
 
 
@@ -90,6 +89,7 @@ def attend_decodes(
     out: Tensor,
     *,
     beside: bool,
+    early: bool,
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
@@ -105,13 +105,13 @@ def attend_decodes(
         rows: see `chatpage.kernels.merge.merge`.
         left: where a task leaves its states, `heads` rows each.
         out: (tokens, heads, value_size), contiguous.
-        beside: whether `attend_shared` runs at the same time. It must begin first if this `is_crowd`, else this must.
+        beside: whether `attend_shared` runs at the same time.
+        early: whether to begin before the kernel before it, on the same stream, has ended.
         scaling, softcap, sinks: see `chatpage.model.attention.AttentionCall`.
     """
     _, block_size, kv_heads, key_size = keys.shape
     heads, value_size = query.shape[1], values.shape[3]
-    crowded = beside and is_crowd(len(rows), kv_heads)
-    shape = CROWDED if crowded else BESIDE if beside else ALONE
+    shape = ALONE if not beside else CROWDED if is_crowd(len(rows), kv_heads) else BESIDE
     _decode[(kv_heads, len(tasks))](
         query, keys, values, tables, tasks, rows, out, sinks, *left,
         query.stride(0), query.stride(1), scaling, softcap or 0.0,
@@ -119,5 +119,5 @@ def attend_decodes(
         block_size, softcap is not None, sinks is not None,
         max(16, triton.next_power_of_2(heads // kv_heads)), shape.keys,
         num_warps=shape.warps, num_stages=stages(shape.ahead, shape.keys, keys, values),
-        **({} if crowded else launched_early()),
+        **(launched_early() if early else {}),
     )  # fmt: skip

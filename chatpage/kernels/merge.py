@@ -74,7 +74,8 @@ def merge(
     Args:
         rows: (rows, 8) of int32: first task, number of tasks, first shared task, number of shared tasks, the row's
             place in each of them, and nothing.
-        own: what `attend_decodes` left, the launch before this one; shared: what `attend_shared` left before that.
+        own, shared: what `attend_decodes` and `attend_shared` left. One of them is the launch before this one on its
+            stream; for the other, if it ran beside that, the stream waits.
         out: (tokens, heads, value_size), contiguous.
         many: whether to expect rows with many tasks.
         kv_heads, shared_rows, sinks: see there.

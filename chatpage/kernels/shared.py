@@ -68,7 +68,7 @@ def attend_shared(
     left: Left,
     *,
     shared_rows: int,
-    first: bool,
+    early: bool,
     scaling: float,
     softcap: float | None,
 ) -> None:
@@ -81,7 +81,7 @@ def attend_shared(
         members: rows that share, group after group.
         left: where a task leaves its states, `kv_heads` times `shared_rows` rows each.
         shared_rows: of a task's matrix: at least its members times heads / kv_heads; a power of two from 16 on.
-        first: whether it may begin early: the kernel before it, on the same stream, has made the queries.
+        early: see `chatpage.kernels.decode.attend_decodes`.
     """
     _, block_size, kv_heads, key_size = keys.shape
     value_size = values.shape[3]
@@ -91,5 +91,5 @@ def attend_shared(
         kv_heads, query.shape[1] // kv_heads, key_size, value_size, tile(key_size), tile(value_size),
         block_size, softcap is not None, shared_rows, KEYS,
         num_warps=WARPS, num_stages=2 if shared_rows >= LARGE else stages(AHEAD, KEYS, keys, values),
-        **(launched_early() if first else {}),
+        **(launched_early() if early else {}),
     )  # fmt: skip

@@ -140,6 +140,7 @@ class Batch:
     @property
     def logits(self) -> None:
         """They may lie anywhere."""
+        return None
 
     @classmethod
     def build(cls, rows: list[Row], *, block_size: int, device: torch.device | str = "cpu") -> "Batch":

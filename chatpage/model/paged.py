@@ -129,7 +129,8 @@ class KernelAttention:
         heads, kv_heads, value_size = query.shape[1], keys.shape[2], values.shape[3]
         own = _left(query, len(plan.own) * heads, value_size)
         shared = _left(query, len(plan.shared) * kv_heads * plan.shared_rows, value_size)
-        crowded = is_crowd(len(plan.rows), kv_heads)
+        beside = len(plan.shared) > 0
+        shared_first = beside and is_crowd(len(plan.rows), kv_heads)
 
         def attend_to_shared() -> None:
             attend_shared(
@@ -141,7 +142,7 @@ class KernelAttention:
                 plan.members,
                 shared,
                 shared_rows=plan.shared_rows,
-                first=crowded,
+                early=shared_first,
                 scaling=call.scaling,
                 softcap=call.softcap,
             )
@@ -156,17 +157,19 @@ class KernelAttention:
                 plan.rows,
                 own,
                 out,
-                beside=len(plan.shared) > 0,
+                beside=beside,
+                early=not shared_first,
                 scaling=call.scaling,
                 softcap=call.softcap,
                 sinks=call.sinks,
             )
 
-        if not len(plan.shared):
+        if not beside:
             attend_to_own()
+        elif shared_first:
+            _side_by_side(query.device, attend_to_shared, attend_to_own)
         else:
-            order = (attend_to_shared, attend_to_own) if crowded else (attend_to_own, attend_to_shared)
-            _side_by_side(query.device, *order)
+            _side_by_side(query.device, attend_to_own, attend_to_shared)
         if plan.merges:
             merge(
                 plan.rows,

@@ -31,7 +31,7 @@ TILE = 64  # keys: shared tasks end at multiples of it; what is left of the shar
 # What things take, in the time in which a program attends to a tile of keys, fitted to 336 cases measured on an H200:
 # so many tiles can be read side by side by each multiprocessor; keys that several rows read for themselves come from
 # its cache mostly; a merge begins, and handles so many heads meanwhile; own tasks take longer beside shared ones; and
-# the two must begin together and wait for each other.
+# the two part and meet.
 READ_AT_ONCE, CACHED, MERGE, MERGED_AT_ONCE, BESIDE, PARTING = 2.75, 0.79, 1.35, 2030, 1.02, 0.98
 
 # Chunks of so few tokens, each behind so many, are computed as decodes.

@@ -37,7 +37,11 @@ class Product:
         self._is_packed = False
 
     def __call__(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Multiply; into `out`, if given, where nothing is packed."""
+        """Multiply; into `out`, if given, where nothing is packed.
+
+        Raises:
+            ValueError: `out` has another shape than the product.
+        """
         if not self._is_packed:
             return self._multiply_into(hidden, out) if out is not None else F.linear(hidden, self._weight, self._bias)
         rows = len(hidden)
@@ -46,6 +50,8 @@ class Product:
         return _multiply(hidden, self._weight, self._bias)
 
     def _multiply_into(self, hidden: Tensor, out: Tensor) -> Tensor:
+        if out.shape != (len(hidden), len(self._weight)):  # torch would give it another one
+            raise ValueError(f"The product is {len(hidden)} × {len(self._weight)}, but {tuple(out.shape)} is wanted.")
         if self._bias is None:
             return torch.mm(hidden, self._weight.t(), out=out)
         return torch.addmm(self._bias, hidden, self._weight.t(), out=out)

@@ -322,17 +322,27 @@ def test_blocks_beyond_two_to_the_32_numbers(shared):
 
 
 @needs_gpu
+@pytest.mark.parametrize("crowd", [1, 10**6])
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_captured_step_answers_what_it_answered_before(shared):
-    form = Form(8, 2, 128, 128, window=500, sinks=True)
-    rows = draw_rows(Random(4), 16, rows=16, longest=LONGEST, chunk=CHUNK)
-    case = Case.make(form, rows, device=DEVICE, dtype=torch.bfloat16)
+@pytest.mark.parametrize("window", [None, 500])
+def test_a_captured_step_answers_what_it_answered_before(window, shared, crowd, monkeypatch):
+    """With what is shared and what is own on two streams, in either order."""
+    monkeypatch.setattr(decode, "CROWD", crowd)
+    form = Form(8, 2, 128, 128, window=window, sinks=True)
+    sketch = Sketch(16)
+    trunk = sketch.blocks(100)
+    for i in range(40):
+        sketch.add(1, 1600 + 7 * i, trunk)
+    sketch.add(CHUNK, 1600, trunk)
+    case = Case.make(form, sketch.rows, device=DEVICE, dtype=torch.bfloat16)
     attention = PagedAttention(case.pool, case.batch, shared=shared)
 
     def step() -> torch.Tensor:
         return attention.attend(0, case.query, case.key, case.value, case.call)
 
     step()
+    [plan] = attention.plans.values()
+    assert (len(plan.shared) > 0) == (shared and window is None)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from chatpage.model import graph, plan
-from chatpage.model.batch import Drawn, Row
+from chatpage.model.attention import Attention
+from chatpage.model.batch import Drawn, Inputs, Row
 from chatpage.model.frame import Form, Frame
+from chatpage.model.fused import FusedModel
 from chatpage.model.fused_kernels import KernelModel, _rotation_by_kernel
 from chatpage.model.graph import Graphs
 from chatpage.model.load import load
@@ -133,6 +135,27 @@ def test_recorded_steps_answer_as_plain_ones(
     for prompts in (PROMPTS, PROMPTS[2:3]):
         assert texts(answers(desk, prompts)) == texts(answers(plain, prompts))
     assert {Form.MIXED, Form.SHARED, Form.ALONE} == set(forms(desk)), "not all forms have run"
+
+
+def test_logits_are_computed_where_a_step_keeps_them(
+    recorded: Callable[[Path], Desk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where nothing is packed: no copy is made. What is drawn afterwards finds them there."""
+    monkeypatch.setattr(FusedModel, "pack", lambda fused: None)
+    forward, in_place = KernelModel.forward, []
+
+    def watched(model: KernelModel, batch: Inputs, attention: Attention) -> Tensor:
+        logits = forward(model, batch, attention)
+        in_place.extend([logits is batch.logits] if batch.logits is not None else [])
+        return logits
+
+    monkeypatch.setattr(KernelModel, "forward", watched)
+    folder = make("llama", tmp_path / "llama")
+    plain, desk = Desk(folder, **SETTINGS), recorded(folder)
+    wishes = {"repetition_penalty": 1.3}
+    assert texts(answers(desk, PROMPTS, **wishes)) == texts(answers(plain, PROMPTS, **wishes))
+    assert in_place
+    assert all(in_place)
 
 
 class Rotary(torch.nn.Module):

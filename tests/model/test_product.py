@@ -110,3 +110,17 @@ def test_a_product_goes_where_it_is_wanted(bias: bool) -> None:
         expected, wanted = answers(linears, hidden), torch.full((5, 160), float("nan"))
         assert Product(linears)(hidden, wanted) is wanted
     torch.testing.assert_close(wanted, expected)
+
+
+def test_a_place_of_another_shape_is_refused() -> None:
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"5 × 160.*\(5, 161\)"):
+        Product(layers())(torch.randn(5, 48), torch.empty(5, 161))
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="nothing is packed without oneDNN")
+def test_what_is_packed_answers_in_memory_of_its_own() -> None:
+    linears, hidden = layers(), torch.randn(5, 48)
+    with torch.inference_mode():
+        expected = answers(linears, hidden)
+        found = packed(linears)(hidden, torch.empty(5, 160))
+    torch.testing.assert_close(found, expected)
