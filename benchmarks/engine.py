@@ -205,9 +205,9 @@ class Prompts:
 
     _random = random.Random(1)  # one for all: an engine remembers what others have asked it
 
-    def __init__(self, engine: Engine, *, shared: Tokens | None = None) -> None:
-        self._system = list(engine.systems[0].tokens) if shared is None else shared
-        self._system_tokens = len(self._system) if engine.sharing != "off" and shared is None else 0
+    def __init__(self, engine: Engine) -> None:
+        self._system = engine.systems[0].tokens
+        self._system_tokens = len(self._system) if engine.sharing != "off" else 0
 
     @property
     def shared(self) -> int:

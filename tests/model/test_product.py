@@ -117,8 +117,7 @@ def test_a_place_of_another_shape_is_refused() -> None:
         Product(layers())(torch.randn(5, 48), torch.empty(5, 161))
 
 
-@pytest.mark.skipif(not HAS_ONEDNN, reason="nothing is packed without oneDNN")
-def test_what_is_packed_answers_in_memory_of_its_own() -> None:
+def test_what_is_packed_answers_too_if_it_is_told_where() -> None:
     linears, hidden = layers(), torch.randn(5, 48)
     with torch.inference_mode():
         expected = answers(linears, hidden)
