@@ -43,6 +43,8 @@ SYSTEM_ROLES = ("system", "developer")
 MAX_BYTES_PER_TOKEN = 16  # a prompt of more bytes per token of context is refused before it is tokenised
 SWEEP_SECONDS = 1.0  # how often expired sessions are looked for while nothing runs
 ANSWER_SECONDS = 30.0  # a question to the engine's thread waits so long for the step before it
+USUAL_COLLECTION = gc.get_threshold()
+RARE_COLLECTION = (10_000, *USUAL_COLLECTION[1:])  # of new objects: a step of 256 sequences makes a few thousand
 
 
 class Engine:
@@ -390,10 +392,7 @@ class Engine:
         from chatpage.core import Core  # late: torch takes seconds to import, and the page is up meanwhile
 
         self._core = Core(self.settings, self._say)
-        # What was loaded stays. With 256 sequences a collector that walks over it again and again takes a third of the
-        # host's time.
-        gc.collect()
-        gc.freeze()
+        _collect_rarely()
         with self._lock:
             if self.status == "starting":
                 self.status, self.detail = "ready", "Ready"
@@ -427,5 +426,20 @@ class Engine:
                 except Exception:  # the others who asked wait too
                     log.exception("A command failed while the engine ended")
             self._core.end_all(f"{self.detail.rstrip('.')}." if self.status == "failed" else None)
-        gc.unfreeze()
+        _collect_as_usual()
         self._settled.set()
+
+
+def _collect_rarely() -> None:
+    """Let the garbage collector look seldom, and only at what is made from now on: what was loaded stays.
+
+    With 256 sequences it takes a third of the host's time otherwise, most of it for walking over the modules.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*RARE_COLLECTION)
+
+
+def _collect_as_usual() -> None:
+    gc.unfreeze()
+    gc.set_threshold(*USUAL_COLLECTION)

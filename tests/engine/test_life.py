@@ -1,6 +1,7 @@
 """A request's life and an engine's: cancelled, preempted, refused, failed, stopped; and nobody else is disturbed."""
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -430,6 +431,18 @@ def test_a_row_that_is_not_a_number_ends_alone(engine: Engine, monkeypatch: pyte
 
 
 # -- start and stop ----------------------------------------------------------------------------------------------------
+
+
+def test_the_collector_looks_seldom_while_an_engine_serves_and_as_before_when_it_has_stopped(
+    launch: Callable[..., Engine],
+) -> None:
+    before = gc.get_threshold()
+    engine = launch()
+    assert gc.get_threshold()[0] > before[0]
+    assert gc.get_freeze_count() > 0, "what was loaded is looked at again and again"
+    engine.stop()
+    assert gc.get_threshold() == before
+    assert gc.get_freeze_count() == 0
 
 
 def test_stop_ends_what_runs_and_what_waits(launch: Callable[..., Engine]) -> None:
