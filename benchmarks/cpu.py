@@ -1,4 +1,4 @@
-"""The engine on a CPU beside transformers' `generate` and `generate_batch`, in one process and one run.
+"""The engine on a CPU beside transformers' `generate` and `generate_batch`, in one run.
 
     python -m benchmarks.cpu            a table
     python -m benchmarks.cpu --json     one line a row
@@ -7,6 +7,9 @@ A Llama of 14 million parameters with random weights in fp32, greedy. Times are 
 last token, through the engine's thread and its streams. Each number is the median of RUNS runs after one that warms up.
 Ours and `generate` take turns, so that what else the machine does hits both alike; `generate_batch` comes after them,
 because its thread is never idle while it lives.
+
+Each has a process of its own. OpenMP keeps threads for every thread that computes; where these are more than the cores,
+they no longer wait for each other busily but sleep, and whoever computes then takes two to three times as long.
 """
 
 import argparse
@@ -16,9 +19,12 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +46,7 @@ MAX_MODEL_LEN = 1024
 SESSIONS = (1, 8, 32, 64)
 
 Tokens = list[int]
-Serve = Callable[[list[Tokens]], None]
+Serve = Callable[[list[Tokens], int], None]  # prompts, and how many tokens each is answered with
 
 
 class Prompts:
@@ -67,7 +73,7 @@ def start(folder: Path, **settings: Any) -> Engine:
     return engine
 
 
-def serve(engine: Engine, prompts: list[Tokens], new: int = NEW) -> None:
+def serve(engine: Engine, prompts: list[Tokens], new: int) -> None:
     """Answers are taken when they are whole, as the peers give them: reading along would take time from the step."""
     params = SamplingParams(temperature=0, max_tokens=new)
     ended = threading.Semaphore(0)
@@ -84,32 +90,85 @@ def serve(engine: Engine, prompts: list[Tokens], new: int = NEW) -> None:
         assert last.completion_tokens == new, last
 
 
-def generate(model: PreTrainedModel, prompts: list[Tokens]) -> None:
+def generate(model: PreTrainedModel, prompts: list[Tokens], new: int) -> None:
     ids = torch.tensor(prompts)
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
-    assert out.shape[1] == ids.shape[1] + NEW
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+    assert out.shape[1] == ids.shape[1] + new
 
 
-def generate_batch(model: PreTrainedModel, prompts: list[Tokens]) -> None:
+def generate_batch(model: PreTrainedModel, prompts: list[Tokens], new: int) -> None:
     """Its manager stays between calls, as ours does, and its pool is of our size: else it takes all memory."""
-    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=1, pad_token_id=0)
+    config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=1, pad_token_id=0)
     batching = ContinuousBatchingConfig(num_blocks=256, max_batch_tokens=1024)  # blocks of 256
     out = model.generate_batch(
         prompts, generation_config=config, continuous_batching_config=batching, warmup=False, persistent_manager=True
     )
-    assert [len(answer.generated_tokens) for answer in out.values()] == [NEW] * len(prompts)
+    assert [len(answer.generated_tokens) for answer in out.values()] == [new] * len(prompts)
+
+
+def ours(folder: Path) -> Serve:
+    return partial(serve, start(folder))
+
+
+def plain(folder: Path) -> Serve:
+    return partial(generate, _loaded(folder))
+
+
+def batched(folder: Path) -> Serve:
+    return partial(generate_batch, _loaded(folder))
+
+
+def _loaded(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+class Apart:
+    """One who answers, in another process."""
+
+    _serve: Serve  # there
+
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self._pool = pool
+
+    @classmethod
+    @contextmanager
+    def running(cls, who: Callable[[Path], Serve], folder: Path) -> Iterator["Apart"]:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, context, initializer=cls._begin, initargs=(who, folder)) as pool:
+            yield cls(pool)
+
+    def seconds(self, prompts: list[Tokens], new: int = NEW) -> float:
+        """That the answers take."""
+        return self._pool.submit(self._timed, prompts, new).result()
+
+    @classmethod
+    def _begin(cls, who: Callable[[Path], Serve], folder: Path) -> None:
+        _be_quiet()
+        cls._serve = staticmethod(who(folder))
+
+    @classmethod
+    def _timed(cls, prompts: list[Tokens], new: int) -> float:
+        begun = time.perf_counter()
+        cls._serve(prompts, new)
+        return time.perf_counter() - begun
+
+
+def _be_quiet() -> None:
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    getLogger("ContinuousBatchingLogger").setLevel("ERROR")
 
 
 # -- questions ---------------------------------------------------------------------------------------------------------
 
 
-def throughput(who: dict[str, Serve], ask: Callable[[], list[Tokens]]) -> dict[str, Any]:
+def throughput(who: dict[str, Apart], ask: Callable[[], list[Tokens]]) -> dict[str, Any]:
     """Output tokens per second of each, taking turns."""
     seconds: dict[str, list[float]] = {name: [] for name in who}
     for run in range(RUNS + 1):
-        for name, answer in who.items():
-            prompts = ask()
-            took = timed(lambda answer=answer, prompts=prompts: answer(prompts))
+        for name, one in who.items():
+            took = one.seconds(ask())
             if run:
                 seconds[name].append(took)
     count = len(ask()) * NEW
@@ -118,16 +177,14 @@ def throughput(who: dict[str, Serve], ask: Callable[[], list[Tokens]]) -> dict[s
     return {**speeds, **spread}
 
 
-def first_token(engine: Engine, prompts: Prompts) -> list[dict[str, Any]]:
+def first_token(engine: Apart, prompts: Prompts) -> list[dict[str, Any]]:
     """Seconds to the first token behind a shared prompt that is in the cache, and behind one that is not."""
     shared = prompts.fresh(1, SHARED)[0]
-    serve(engine, prompts.behind(shared, 1), new=1)
+    engine.seconds(prompts.behind(shared, 1), new=1)
     warm, cold = [], []
     for _ in range(2 * RUNS):
-        [known] = prompts.behind(shared, 1)
-        [unknown] = prompts.fresh(1, SHARED + OWN)
-        warm.append(timed(lambda known=known: serve(engine, [known], new=1)))
-        cold.append(timed(lambda unknown=unknown: serve(engine, [unknown], new=1)))
+        warm.append(engine.seconds(prompts.behind(shared, 1), new=1))
+        cold.append(engine.seconds(prompts.fresh(1, SHARED + OWN), new=1))
     rows = {"behind 512 cached tokens": warm, "behind 512 uncached tokens": cold}
     return [
         {"what": f"first token {name}", "unit": "ms", "ours": 1000 * statistics.median(took), "spread": _spread(took)}
@@ -235,12 +292,6 @@ def _peak() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-def timed(work: Callable[[], None]) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
-
-
 def _spread(seconds: list[float]) -> str:
     """The fastest and the slowest run, as shares of the median."""
     middle = statistics.median(seconds)
@@ -251,21 +302,20 @@ def _spread(seconds: list[float]) -> str:
 
 
 def measure(folder: Path) -> list[dict[str, Any]]:
-    engine, prompts = start(folder), Prompts()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompts = Prompts()
     questions: dict[str, Callable[[], list[Tokens]]] = {
         "1 stream": lambda: prompts.fresh(1, OWN),
         "8 streams": lambda: prompts.fresh(8, OWN),
         "8 streams behind 512 shared tokens": lambda: prompts.behind(prompts.fresh(1, SHARED)[0], 8),
     }
-    in_turns: dict[str, Serve] = {"ours": partial(serve, engine), "generate": partial(generate, model)}
-    rows = [{"what": name, "unit": "tokens/s", **throughput(in_turns, ask)} for name, ask in questions.items()]
-    later = [*first_token(engine, prompts), *bookkeeping(folder, prompts)]
-    engine.stop()
-    later += memory(folder)
-    alone: dict[str, Serve] = {"generate_batch": partial(generate_batch, model)}
-    for row, ask in zip(rows, questions.values(), strict=True):
-        row |= throughput(alone, ask)
+    with Apart.running(ours, folder) as engine, Apart.running(plain, folder) as model:
+        in_turns = {"ours": engine, "generate": model}
+        rows = [{"what": name, "unit": "tokens/s", **throughput(in_turns, ask)} for name, ask in questions.items()]
+        later = first_token(engine, prompts)
+    later += [*bookkeeping(folder, prompts), *memory(folder)]
+    with Apart.running(batched, folder) as model:
+        for row, ask in zip(rows, questions.values(), strict=True):
+            row |= throughput({"generate_batch": model}, ask)
     return [*rows, *later]
 
 
@@ -300,9 +350,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     as_json = parser.parse_args().json
-    warnings.filterwarnings("ignore")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    _be_quiet()
     about = header(model="Llama shape, 14 M parameters, random weights, fp32", runs=RUNS, new_tokens=NEW)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(save(LLAMA_14M, Path(folder)))
