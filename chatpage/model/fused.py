@@ -50,11 +50,12 @@ class FusedModel:
         if len(layers) != len(calls):
             raise NotUsual("Its layers do not attend once each.")
         self.layers = [Layer(i, layer, call) for i, (layer, call) in enumerate(zip(layers, calls, strict=True))]
+        self.products = [*(product for layer in self.layers for product in layer.products), self.head]
 
     def pack(self) -> None:
-        """Lay the weights of the products out for speed, where that is known to help; the model has none of them then,
-        and computes no more. A head that is the embedding too is kept as both."""
-        for product in (self.head, *(product for layer in self.layers for product in layer.products)):
+        """Lay the weights of the products out for oneDNN, where that can be; the model has none of them then, and
+        computes no more. A head that is the embedding too is kept as both."""
+        for product in self.products:
             product.pack(keep=self.embedding.weight)
 
     def forward(self, batch: Inputs, attention: Attention) -> Tensor:

@@ -21,6 +21,7 @@ from chatpage.model.attention import NAME, forward
 from chatpage.model.check import Forward, NotFinite, Probe, agrees, check_keys, probe, self_check, visible, vocabulary
 from chatpage.model.fused import FusedModel, NotUsual
 from chatpage.model.kv import LayerShape, free_memory, lacks_memory, mib
+from chatpage.model.product import packing_pays
 
 log = logging.getLogger(__name__)
 
@@ -244,7 +245,8 @@ def _fused(module: PreTrainedModel, found: Probe, longest: int) -> FusedModel | 
     try:
         fused = FusedModel(module, found.calls)
         if agrees(module, fused.forward, found, longest):
-            fused.pack()
+            if packing_pays(fused.products):
+                fused.pack()
             return fused
     except NotUsual:
         pass

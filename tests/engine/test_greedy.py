@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import chatpage
 from chatpage.conversation import Conversation
 from chatpage.engine import Engine
-from chatpage.model import reference
+from chatpage.model import load, reference
 from chatpage.model.batch import Row
 from chatpage.model.reference import Reach
 from chatpage.schedule.request import Prompt, Request
@@ -70,8 +70,10 @@ def oracle(family: str, folder: Path) -> Oracle:
 
 
 @pytest.fixture(params=["whole", "chunked"])
-def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
-    """Prompts in one step and blocks of 16; and prompts in chunks of 7 tokens at most, which no block edge fits."""
+def engine(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """Prompts in one step, blocks of 16 and packed weights; and prompts in chunks of 7 tokens at most, which no block
+    edge fits, and plain weights."""
+    monkeypatch.setattr(load, "packing_pays", lambda products: request.param == "whole")
     cut = {"max_step_tokens": 7, "block_size": 4} if request.param == "chunked" else {"block_size": 16}
     engine = start(folder, sharing="all", **cut)
     yield engine

@@ -1,11 +1,15 @@
 """Linear layers side by side as one product: the same numbers, packed or not, and weights in one place."""
 
+import time
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chatpage.model import product
-from chatpage.model.product import Product
+from chatpage.model.product import Product, packing_pays
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -88,6 +92,43 @@ def test_a_torch_that_packs_otherwise_multiplies_as_usual(error, monkeypatch: py
     linears, hidden = layers(), torch.randn(2, 48)
     torch.testing.assert_close(packed(linears)(hidden), answers(linears, hidden))
     assert not is_packed(linears)
+
+
+def slow(multiply: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def multiplied(*args: object) -> Tensor:
+        time.sleep(0.001)
+        return multiply(*args)
+
+    return multiplied
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="this torch has no oneDNN")
+@pytest.mark.parametrize("biggest", [0, 10**9], ids=["each is larger than what is tried", "all are tried"])
+def test_weights_are_packed_where_that_is_faster(biggest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of them is tried, however large it is."""
+    monkeypatch.setattr(product, "TRIED", biggest)
+    products = [Product(layers()), Product(layers())]
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "linear", slow(F.linear))
+        assert packing_pays(products)
+    with monkeypatch.context() as patch:
+        patch.setattr(product, "_multiply", slow(product._multiply))
+        assert not packing_pays(products)
+
+
+def test_trying_leaves_the_weights_as_they_are() -> None:
+    linears = layers()
+    before = [linear.weight.clone() for linear in linears]
+    packing_pays([Product(linears)])
+    for linear, weight in zip(linears, before, strict=True):
+        assert torch.equal(linear.weight, weight)
+
+
+@pytest.mark.parametrize("error", [missing, changed])
+def test_what_cannot_be_packed_does_not_pay(error: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not packing_pays([Product(layers(dtype=torch.float64))])
+    monkeypatch.setattr(product, "_multiply", error)
+    assert not packing_pays([Product(layers())])
 
 
 def test_few_numbers_of_rows_are_compiled() -> None:
